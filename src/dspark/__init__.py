@@ -1,0 +1,1 @@
+"""dspark: train, calibrate, plan and serve DSpark speculative decoding, losslessly."""

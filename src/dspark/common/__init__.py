@@ -1,0 +1,1 @@
+"""Floor 0: errors, configuration, logging, random streams, chat rendering."""

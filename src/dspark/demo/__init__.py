@@ -1,0 +1,1 @@
+"""Floor 6: the embedded default, its tokenizer and weights, and how they were made."""

@@ -1,0 +1,1 @@
+"""Floor 3: what proposes tokens, and its checkpoint formats."""
