@@ -1,0 +1,68 @@
+"""What every drafter is: something that extends its context with committed tokens and proposes a block of new ones.
+
+R drafting requests, K block slots, V vocabulary, T tokens, D hidden size, k taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from dspark.models.batch import Ragged
+
+
+class TokenSampler(Protocol):
+    """Turns a drafter's logits for one block slot into a token, as each request's sampling parameters say."""
+
+    def draw(self, logits_RV: Tensor, slot: int) -> tuple[Tensor, Tensor]:
+        """Draw slot `slot` (0-based) of every request: (token_R int64, probability_RV: the exact law it was drawn from)."""
+        ...
+
+
+@dataclass(frozen=True)
+class DraftContext:
+    """What a drafter may look at: committed tokens and the pages that hold their context; never the future."""
+
+    anchor_R: Tensor  # int64, last committed token of each request; its key/value is not in the pages yet
+    position_R: Tensor  # int64, the anchor's absolute position = tokens of the request that are in the pages
+    page_table_RP: Tensor  # int32
+    slots: int  # K: how many tokens to propose, 1..block_size
+    request_ids: Sequence[int]
+    history: Sequence[Sequence[int]]  # committed token ids of each request, anchor last
+    sampler: TokenSampler
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Proposed blocks. `probability_RKV[r, k]` is exactly the distribution token_RK[r, k] was drawn from."""
+
+    token_RK: Tensor  # int64
+    probability_RKV: Tensor  # float32
+    confidence_RK: Tensor  # float32, estimate of P(accept k | prefix accepted); may depend on tokens before k only
+    length_R: Sequence[int]  # how many slots each request really proposes (n-gram lookup may find fewer than K)
+
+
+class Drafter(Protocol):
+    """One drafter serves all requests of an engine; its per-token context lives in pools parallel to the target's pages.
+
+    A drafter's context is addressed by the same page table and slots as the target's keys and values, so prefix
+    sharing, rollback and release of pages carry the drafter's context with them and need no call of their own.
+    """
+
+    block_size: int  # γ, the most tokens it can propose
+    taps: tuple[int, ...]  # target layers whose outputs `extend` wants; () for none
+
+    def allocate(self, pages: int, page_size: int) -> None:
+        """Make the context pools for a target pool of this size."""
+        ...
+
+    def extend(self, batch: Ragged, taps_TD: Tensor | None) -> None:
+        """Take committed tokens into the context: `taps_TD` is the taps' hidden states, concatenated (k·D wide)."""
+        ...
+
+    def propose(self, context: DraftContext) -> Draft:
+        """Draft `context.slots` tokens after each anchor."""
+        ...

@@ -1,0 +1,90 @@
+"""Loads a Hugging Face causal LM and its tokenizer from a directory or hub id, or says in one line why it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from dspark.common.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {name!r} is not one torch knows; pass auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"device {name!r} asked for, but torch {torch.__version__} sees no CUDA device; pass --device cpu"
+        )
+    return device
+
+
+def resolve_dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
+    """`auto` is the dtype the checkpoint was saved in."""
+    if name == "auto":
+        return getattr(config, "dtype", None) or torch.float32
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is not known; pass one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The text config of a model directory or hub id."""
+    if Path(source).exists() and not Path(source, "config.json").is_file():
+        raise UserError(f"{source} has no config.json; pass a model directory saved with save_pretrained")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read the config of {source}: {_first_line(error)}") from error
+    return config.get_text_config()
+
+
+def load_causal_lm(
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    attention: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """A frozen causal LM in eval mode. Raises UserError for a missing, truncated or ill-fitting checkpoint."""
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=resolve_dtype(dtype, config),
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, AttributeError) as error:
+        raise UserError(f"cannot load the weights of {source}: {_first_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{source} lacks {len(missing)} tensors, the first is {missing[0]}; the checkpoint is incomplete"
+        )
+    return model.to(resolve_device(device)).eval().requires_grad_(False)
+
+
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer saved beside a model."""
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read the tokenizer of {source}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
