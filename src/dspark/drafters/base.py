@@ -18,7 +18,7 @@ class TokenSampler(Protocol):
     """Turns a drafter's logits for one block slot into a token, as each request's sampling parameters say."""
 
     def draw(self, logits_RV: Tensor, slot: int) -> tuple[Tensor, Tensor]:
-        """Draw slot `slot` (0-based) of every request: (token_R int64, probability_RV: the exact law it was drawn from)."""
+        """Draw slot `slot` (0-based) of every request: (token_R, the law probability_RV it came from)."""
         ...
 
 
@@ -46,7 +46,7 @@ class Draft:
 
 
 class Drafter(Protocol):
-    """One drafter serves all requests of an engine; its per-token context lives in pools parallel to the target's pages.
+    """One drafter serves all requests of an engine; its context lives in pools parallel to the target's pages.
 
     A drafter's context is addressed by the same page table and slots as the target's keys and values, so prefix
     sharing, rollback and release of pages carry the drafter's context with them and need no call of their own.

@@ -50,7 +50,7 @@ def tapping(model: nn.Module, taps: Sequence[int]) -> Iterator[dict[int, Tensor]
 
 @torch.no_grad()
 def features(model: nn.Module, token_BT: Tensor, taps: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """What a drafter is trained on: (taps concatenated [B, T, k·D], last hidden state after the final norm [B, T, D])."""
+    """What a drafter is trained on: (taps [B, T, k·D], last hidden state after the final norm [B, T, D])."""
     with tapping(model, taps) as seen:
         last_BTD = decoder_of(model)(input_ids=token_BT, use_cache=False).last_hidden_state
     return torch.cat([seen[tap] for tap in taps], dim=-1), last_BTD
