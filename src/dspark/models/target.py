@@ -1,0 +1,178 @@
+"""Any Hugging Face decoder-only causal LM, run on one ragged batch over paged keys and values.
+
+`transformers` defines and loads the model; ours is the attention function registered with it, the taps, and the
+choice of the rows whose logits are computed. T tokens, B wanted rows, V vocabulary, D hidden size, k taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from dspark.common.errors import UserError
+from dspark.models.batch import Ragged
+from dspark.models.loading import load_causal_lm
+from dspark.models.pages import KVPool
+from dspark.models.taps import check_taps, decoder_of, tapping
+from dspark.ops import attention as ops
+
+ATTENTION = "dspark_ragged"
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True)
+class Paged:
+    """What the registered attention function gets through the call's keyword arguments."""
+
+    batch: Ragged
+    pool: KVPool
+    source_of_layer: Sequence[int]  # whose keys and values a layer reads: itself, unless the family shares them
+
+
+@dataclass
+class Probe:
+    """Stands in for `Paged` once, at load: notes the shape of every layer's keys and values."""
+
+    shapes: dict[int, tuple[int, int, int]]
+    sinks: bool = False
+
+
+def ragged_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    paged: Paged | Probe | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Attention as `transformers` calls it, on [1, heads, T, d]; context comes from the pages in `paged`."""
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    layer = module.layer_idx
+    if isinstance(paged, Probe):
+        paged.shapes[layer] = (k.shape[1], k.shape[2], v.shape[2])
+        paged.sinks |= kwargs.get("s_aux") is not None
+        return torch.zeros(1, q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device), None
+    assert paged is not None, "the ragged attention function was called outside Target.forward"
+    batch, source = paged.batch, paged.source_of_layer[layer]
+    keys, values = paged.pool.keys[source], paged.pool.values[source]
+    if source == layer:
+        ops.store(k, v, keys, values, batch.slot_T)
+    out = ops.ragged_attention(
+        q,
+        k,
+        v,
+        keys,
+        values,
+        batch.page_table_RP,
+        batch.cu_query_R1,
+        batch.context_R,
+        paged.pool.page_size,
+        scaling if scaling is not None else q.shape[-1] ** -0.5,
+        True,
+        sliding_window or 0,
+        softcap or 0.0,
+    )
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION, ragged_attention_forward)
+
+
+class Target:
+    """A frozen causal LM whose every forward is prefill, decode and verification rows together."""
+
+    def __init__(self, model: nn.Module):
+        """`model` was loaded with `attention=ATTENTION`. Raises UserError where its state cannot be rolled back."""
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.decoder = decoder_of(model)
+        self.layer_count = len(self.decoder.layers)
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.hidden_size: int = self.config.hidden_size
+        self.context_limit: int = self.config.max_position_embeddings
+        weight = model.get_input_embeddings().weight
+        self.device, self.dtype = weight.device, weight.dtype
+        refuse_unpaged_layers(self.config)
+        self.kv_shapes, self.source_of_layer = self._probe()
+
+    @staticmethod
+    def load(
+        source: str | Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    ) -> Target:
+        """The causal LM of a directory or hub id as a target."""
+        return Target(
+            load_causal_lm(source, dtype=dtype, device=device, attention=ATTENTION, trust_remote_code=trust_remote_code)
+        )
+
+    def allocate(self, pages: int, page_size: int) -> KVPool:
+        """An empty pool for this model's keys and values."""
+        return KVPool.empty(self.kv_shapes, pages, page_size, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def forward(
+        self, batch: Ragged, pool: KVPool, rows_B: Tensor, taps: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run T tokens, store their keys and values, return (logits_BV of the wanted rows, taps_TkD or None)."""
+        check_taps(taps, self.layer_count)
+        with tapping(self.model, taps) as seen:
+            logits_1BV = self.model(
+                input_ids=batch.token_T[None],
+                position_ids=batch.position_T[None],
+                use_cache=False,
+                logits_to_keep=rows_B,
+                paged=Paged(batch, pool, self.source_of_layer),
+            ).logits
+        return logits_1BV[0], torch.cat([seen[tap][0] for tap in taps], dim=-1) if taps else None
+
+    @torch.inference_mode()
+    def _probe(self) -> tuple[list[tuple[int, int, int]], list[int]]:
+        """Key/value shapes by layer, and the layer whose pages each one reads, from one forward of one token."""
+        probe = Probe({})
+        token_11 = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self.model(
+            input_ids=token_11,
+            position_ids=token_11,
+            use_cache=False,
+            paged=probe,
+        )
+        if probe.sinks:
+            raise UserError(f"{self.config.model_type} uses attention sinks, which the paged attention does not have")
+        for layer, module in enumerate(self.decoder.layers):
+            if layer not in probe.shapes:
+                mixer = next(iter(module.named_children()))[1]
+                raise UserError(
+                    f"layer {layer} of {self.config.model_type} ({type(mixer).__name__}) keeps a state that cannot be "
+                    "rolled back; use a model with attention in every layer"
+                )
+        return [probe.shapes[layer] for layer in range(self.layer_count)], self._sources()
+
+    def _sources(self) -> list[int]:
+        sources: list[int] = []
+        last_of_type: dict[str | None, int] = {}
+        types = getattr(self.config, "layer_types", None) or [None] * self.layer_count
+        for layer, module in enumerate(self.decoder.layers):
+            if getattr(getattr(module, "self_attn", None), "is_kv_shared_layer", False):
+                sources.append(last_of_type[types[layer]])
+            else:
+                last_of_type[types[layer]] = layer
+                sources.append(layer)
+        return sources
+
+
+def refuse_unpaged_layers(config: object) -> None:
+    """Raises UserError naming the first layer type whose keys and values cannot be rolled back by length."""
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind not in LAYER_TYPES:
+            raise UserError(
+                f"layer {layer} of {config.model_type} is {kind!r}, whose state cannot be rolled back; "
+                f"use a model with only {' and '.join(LAYER_TYPES)} layers"
+            )
