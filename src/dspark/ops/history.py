@@ -1,0 +1,59 @@
+"""Token counts of the text before each row, for the penalties that need them; made only if a request uses one.
+
+R requests, K block slots, V vocabulary, B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class History:
+    """What stands before each of B rows: which tokens the prompt has and how often the output has each."""
+
+    prompt_BV: Tensor  # bool
+    output_BV: Tensor  # float32 counts
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        outputs: Sequence[Sequence[int]],
+        vocabulary: int,
+        device: torch.device | str = "cpu",
+    ) -> History:
+        """One row per request, from its prompt and all its output tokens so far (the anchor included)."""
+        prompt_BV = torch.zeros(len(prompts), vocabulary, dtype=torch.bool)
+        output_BV = torch.zeros(len(prompts), vocabulary)
+        for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+            prompt_BV[row, torch.tensor(prompt, dtype=torch.int64)] = True
+            output_BV[row] = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=vocabulary)
+        return cls(prompt_BV.to(device), output_BV.to(device))
+
+    def advanced(self, token_B: Tensor) -> History:
+        """The history one output token later."""
+        one_B1 = torch.ones_like(token_B, dtype=self.output_BV.dtype).unsqueeze(1)
+        return History(self.prompt_BV, self.output_BV.scatter_add(1, token_B.unsqueeze(1), one_B1))
+
+    def select(self, rows: Sequence[int]) -> History:
+        """The rows of some requests, in the order given."""
+        index_B = torch.tensor(rows, device=self.output_BV.device)
+        return History(self.prompt_BV[index_B], self.output_BV[index_B])
+
+    def rows(self, plan: Sequence[int], token_RK: Tensor | None) -> History:
+        """The histories of a verification's rows: request r has 1 + plan[r] rows, row k after k drafted tokens."""
+        request = [r for r, length in enumerate(plan) for _ in range(1 + length)]
+        depth = [k for length in plan for k in range(1 + length)]
+        expanded = self.select(request)
+        for slot in range(max(plan, default=0)):
+            assert token_RK is not None, "a plan above 0 needs drafted tokens"
+            after = torch.tensor([row for row, k in enumerate(depth) if k > slot], device=token_RK.device)
+            requests = torch.tensor([r for r, k in zip(request, depth, strict=True) if k > slot], device=after.device)
+            one = torch.ones(len(after), dtype=self.output_BV.dtype, device=after.device)
+            expanded.output_BV.index_put_((after, token_RK[requests, slot]), one, accumulate=True)
+        return expanded

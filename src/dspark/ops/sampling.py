@@ -1,0 +1,175 @@
+"""From logits to the law a token is drawn from, and from a law to a token: the same code for target and drafter.
+
+B rows, V vocabulary. Every step works row by row, so a row's law does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dspark.common.sampling_params import SamplingParams
+from dspark.ops.history import History
+
+Bias = tuple[Tensor, Tensor, Tensor]  # rows, tokens (int64) and values (float64) of the biased logits
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """Sampling parameters of B rows as tensors, with host-side flags that say which steps any row needs."""
+
+    params: tuple[SamplingParams, ...]  # of each row
+    knobs_PB1: Tensor  # float64: temperature, greedy, top_k, top_p, min_p, repetition, presence, frequency
+    bias: Bias | None
+    greedy: bool  # every row is at temperature 0
+    mixed: bool  # some rows are and some are not
+    tempered: bool
+    top_k: bool
+    top_p: bool
+    min_p: bool
+    penalized: bool
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> Shaping:
+        """One row per element of `params`."""
+        cold = [p.temperature == 0 for p in params]
+        greedy = all(cold)
+        knobs_BP = [
+            (
+                p.temperature or 1.0,
+                float(p.temperature == 0),
+                p.top_k or float(1 << 40),
+                p.top_p if p.top_p < 1 else 2.0,  # a rounded cumulative sum may pass 1, never 2
+                p.min_p,
+                p.repetition_penalty,
+                p.presence_penalty,
+                p.frequency_penalty,
+            )
+            for p in params
+        ]
+        return cls(
+            params=tuple(params),
+            knobs_PB1=torch.tensor(knobs_BP, dtype=torch.float64).T.unsqueeze(2).contiguous().to(device),
+            bias=_bias(params, device),
+            greedy=greedy,
+            mixed=any(cold) and not greedy,
+            tempered=any(p.temperature not in (0, 1) for p in params),
+            top_k=not greedy and any(p.top_k for p in params),
+            top_p=not greedy and any(p.top_p < 1 for p in params),
+            min_p=not greedy and any(p.min_p for p in params),
+            penalized=any(p.penalized for p in params),
+        )
+
+    def repeat(self, rows: Sequence[int]) -> Shaping:
+        """The shaping of a batch in which row b comes rows[b] times in a row (one request's 1 + ℓ positions)."""
+        params = tuple(p for p, n in zip(self.params, rows, strict=True) for _ in range(n))
+        if not (self.tempered or self.mixed or self.top_k or self.top_p or self.min_p or self.penalized or self.bias):
+            return replace(self, params=params)  # no step reads the knobs
+        index_B = torch.tensor([b for b, n in enumerate(rows) for _ in range(n)])
+        knobs_PB1 = self.knobs_PB1.index_select(1, index_B.to(self.knobs_PB1.device))
+        return replace(self, params=params, knobs_PB1=knobs_PB1, bias=_bias(params, knobs_PB1.device))
+
+
+def _bias(params: Sequence[SamplingParams], device: torch.device | str) -> Bias | None:
+    entries = [(row, token, value) for row, p in enumerate(params) for token, value in (p.logit_bias or {}).items()]
+    if not entries:
+        return None
+    rows, tokens, values = zip(*entries, strict=True)
+    as_float = torch.tensor(values, dtype=torch.float64, device=device)
+    return torch.tensor(rows, device=device), torch.tensor(tokens, device=device), as_float
+
+
+def shape(logits_BV: Tensor, shaping: Shaping, history: History | None = None) -> Tensor:
+    """The law of the next token, float32 [B, V] (float64 for float64 logits): what `draw` draws from.
+
+    In order: repetition, presence and frequency penalties, logit bias, temperature, top-k, top-p, min-p, as in
+    Hugging Face and vLLM. Temperature 0 is all mass on the largest logit, the lowest token on ties. Tokens as likely
+    as the last one that top-k or top-p keeps are kept as well, so that no order among equals matters.
+    `history` has the tokens before each row, those drafted in the same block included; only penalties need it.
+    """
+    x_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
+    if shaping.penalized:
+        assert history is not None, "penalties need the token counts of each row"
+        x_BV = _penalize(x_BV, shaping.knobs_PB1[5:].to(x_BV.dtype), history)
+    if shaping.bias is not None:
+        rows, tokens, values = shaping.bias
+        x_BV = x_BV.index_put((rows, tokens), values.to(x_BV.dtype), accumulate=True)
+    if shaping.greedy:
+        return _one_hot(x_BV)
+    tempered_BV = x_BV / shaping.knobs_PB1[0].to(x_BV.dtype) if shaping.tempered else x_BV
+    probability_BV = tempered_BV.softmax(-1)
+    if shaping.top_k or shaping.top_p or shaping.min_p:
+        probability_BV = _truncate(probability_BV, shaping)
+    if shaping.mixed:
+        probability_BV = torch.where(shaping.knobs_PB1[1] > 0, _one_hot(x_BV), probability_BV)
+    return probability_BV
+
+
+def _one_hot(x_BV: Tensor) -> Tensor:
+    return torch.zeros_like(x_BV).scatter_(1, x_BV.argmax(-1, keepdim=True), 1.0)
+
+
+def _penalize(x_BV: Tensor, knobs_PB1: Tensor, history: History) -> Tensor:
+    repetition_B1, presence_B1, frequency_B1 = knobs_PB1
+    spoken_BV = history.output_BV > 0
+    repeated_BV = torch.where(x_BV > 0, x_BV / repetition_B1, x_BV * repetition_B1)
+    x_BV = torch.where(spoken_BV | history.prompt_BV, repeated_BV, x_BV)
+    return x_BV - history.output_BV * frequency_B1 - spoken_BV * presence_B1
+
+
+def _truncate(p_BV: Tensor, shaping: Shaping) -> Tensor:
+    """Drop every token less likely than the row's threshold and renormalise."""
+    _, _, top_k_B1, top_p_B1, min_p_B1, *_ = shaping.knobs_PB1
+    thresholds = []
+    if shaping.min_p:
+        thresholds.append(p_BV.amax(-1, keepdim=True) * min_p_B1.to(p_BV.dtype))
+    if shaping.top_k or shaping.top_p:
+        thresholds.append(_sorted_threshold(p_BV, shaping, top_k_B1, top_p_B1))
+    threshold_B1 = functools.reduce(torch.maximum, thresholds)
+    kept_BV = p_BV * (p_BV >= threshold_B1)
+    return kept_BV / kept_BV.sum(-1, keepdim=True)
+
+
+def _sorted_threshold(p_BV: Tensor, shaping: Shaping, top_k_B1: Tensor, top_p_B1: Tensor) -> Tensor:
+    """The probability of the last token that top-k, then top-p on what top-k left, would keep."""
+    width = p_BV.shape[-1]
+    if all(p.top_k and p.temperature for p in shaping.params):  # then no row looks further than its k
+        width = min(width, max(p.top_k for p in shaping.params))
+    falling_BW = p_BV.topk(width, -1).values if width < p_BV.shape[-1] else p_BV.sort(-1, descending=True).values
+    last_B1 = (top_k_B1.clamp(max=width) - 1).long()
+    if not shaping.top_p:
+        return falling_BW.gather(1, last_B1)
+    in_k_BV = p_BV * (p_BV >= falling_BW.gather(1, last_B1))  # not the prefix of falling_BW: ties are kept too
+    before_BW = falling_BW.cumsum(-1, dtype=torch.float64) - falling_BW
+    kept_B1 = (before_BW < in_k_BV.sum(-1, keepdim=True) * top_p_B1).sum(-1, keepdim=True)
+    return falling_BW.gather(1, torch.minimum(kept_B1.clamp(min=1) - 1, last_B1))
+
+
+def draw(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The first token whose cumulative probability reaches u times the row's total: int64 [B], u in (0, 1].
+
+    A token of probability zero is never drawn, whatever the rounding. A row that is not finite or has no mass
+    gives no token: V for NaN, to be caught by whoever reads the result.
+    """
+    cumulative_BV = probability_BV.cumsum(-1, dtype=torch.float64)
+    aim_B1 = (cumulative_BV[:, -1] * uniform_B).unsqueeze(1)
+    return torch.searchsorted(cumulative_BV, aim_B1).squeeze(1)
+
+
+def race(probability_BV: Tensor, exponential_BV: Tensor) -> Tensor:
+    """argmax(log p + g) for the Gumbel noise g = -log e, as the winner of p / e: int64 [B], distributed as p."""
+    return (probability_BV / exponential_BV).argmax(-1)
+
+
+def row_starts(rows: Sequence[int]) -> list[int]:
+    """Where each request's rows begin in a request-major batch with rows[r] rows for request r."""
+    starts = [0]
+    for n in rows:
+        starts.append(starts[-1] + n)
+    assert all(a <= b for a, b in pairwise(starts))
+    return starts[:-1]

@@ -1,0 +1,102 @@
+"""All the randomness of one speculative round, fixed before any draft token exists.
+
+R requests, K draft slots, V vocabulary, C coupled requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark.common.rng import ACCEPT, COUPLED, DRAFT, RESIDUAL, exponential_noise, uniform_array
+from dspark.ops.sampling import draw, race
+
+MAX_SLOTS = 1 << 12  # the slot's share of a counter
+
+
+@dataclass
+class RoundNoise:
+    """The noise of one round of R requests; make a new one for every round.
+
+    Rejection-rule numbers are keyed by (seed, counter, slot): the counter must grow with every round of a request, so
+    that a position drafted again meets fresh numbers. Coupled-rule noise is keyed by (seed, output position) alone.
+    """
+
+    draft_RK: Tensor  # float64 uniforms in (0, 1)
+    accept_RK: Tensor
+    final_R: Tensor
+    coupled: Sequence[int]  # the requests under the coupled rule whose law is not a one-hot
+    seeds: Sequence[int]
+    positions: Sequence[int]  # output position (0 for the first generated token) that each request's row 0 decides
+    _exponential_CKV: Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        seeds: Sequence[int],
+        counters: Sequence[int],
+        positions: Sequence[int],
+        coupled: Sequence[bool],
+        *,
+        slots: int,
+        greedy: Sequence[bool] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> RoundNoise:
+        """Noise for `slots` draft slots per request; `greedy` marks requests at temperature 0 (default: none).
+
+        Under a one-hot law both rules commit the same token whatever the noise, so a greedy request needs none.
+        """
+        requests = len(seeds)
+        greedy = greedy if greedy is not None else [False] * requests
+        if all(greedy):
+            uniforms = torch.full((requests, 2 * slots + 1), 0.5, dtype=torch.float64, device=device)
+        else:
+            uniforms = torch.from_numpy(_uniforms(seeds, counters, slots)).to(device)
+        loud = [r for r in range(requests) if coupled[r] and not greedy[r]]
+        final_R = uniforms[:, 2 * slots]
+        return cls(uniforms[:, :slots], uniforms[:, slots : 2 * slots], final_R, loud, seeds, positions)
+
+    def select(self, rows: Sequence[int]) -> RoundNoise:
+        """The noise of some requests only, in the order given: for a draft that leaves requests out."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.final_R.device)
+        coupled = [i for i, r in enumerate(rows) if r in set(self.coupled)]
+        seeds, positions = [self.seeds[r] for r in rows], [self.positions[r] for r in rows]
+        return RoundNoise(self.draft_RK[index], self.accept_RK[index], self.final_R[index], coupled, seeds, positions)
+
+    def exponential(self, vocabulary: int) -> Tensor:
+        """The coupled requests' exponentials [C, K+1, V]: slot k belongs to output position + k. Made once."""
+        if self._exponential_CKV is None:
+            device, width = self.final_R.device, self.draft_RK.shape[1] + 1
+            position_CK = np.array([self.positions[r] for r in self.coupled])[:, None] + np.arange(width)
+            seed_CK = np.array([self.seeds[r] for r in self.coupled], dtype=np.int64).repeat(width)
+            position_B, seed_B = (
+                torch.from_numpy(position_CK.reshape(-1)).to(device),
+                torch.from_numpy(seed_CK).to(device),
+            )
+            noise_BV = exponential_noise(seed_B, position_B, vocabulary, COUPLED)
+            self._exponential_CKV = noise_BV.view(len(self.coupled), width, vocabulary)
+        return self._exponential_CKV
+
+    def pick(self, probability_RV: Tensor, slot: int) -> Tensor:
+        """One draft token per request for `slot`, each by its own rule: int64 [R]."""
+        requests, vocabulary = probability_RV.shape
+        if len(self.coupled) == requests:
+            return race(probability_RV, self.exponential(vocabulary)[:, slot])
+        token_R = draw(probability_RV, self.draft_RK[:, slot])
+        if self.coupled:
+            rows = torch.tensor(self.coupled, device=token_R.device)
+            token_R[rows] = race(probability_RV[rows], self.exponential(vocabulary)[:, slot])
+        return token_R
+
+
+def _uniforms(seeds: Sequence[int], counters: Sequence[int], slots: int) -> np.ndarray:
+    """Draft, accept and final uniforms side by side, float64 [R, 2K+1]."""
+    assert slots <= MAX_SLOTS
+    slot_K = np.arange(slots)
+    stream = np.concatenate([np.full(slots, DRAFT), np.full(slots, ACCEPT), [RESIDUAL]])
+    counter = (np.array(counters, dtype=np.int64)[:, None] << 12) + np.concatenate([slot_K, slot_K, [0]])
+    return uniform_array(np.array(seeds, dtype=np.int64)[:, None], counter, stream)

@@ -1,0 +1,118 @@
+"""Planners choose how many tokens each request drafts, and how many of those the target verifies.
+
+R requests, K draft slots. A plan is lossless only if it never looks at the token it decides about: whether slot k is
+verified may depend on the tokens before slot k and on anything older (non-anticipation, docs/method).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from dspark.common.errors import UserError
+
+
+class Planner(Protocol):
+    """Asked twice a step: before drafting for the slots, after drafting for the plan."""
+
+    def slots(self, limit_R: Sequence[int]) -> list[int]:
+        """How many tokens each request drafts, 0..limit_r; 0 for a request that need not draft at all."""
+        ...
+
+    def plan(self, survival_RK: Tensor | None, limit_R: Sequence[int]) -> list[int]:
+        """How many drafted tokens of each request are verified, 0..limit_r.
+
+        `survival_RK` is the cumulative product of the (calibrated) confidences, None without a draft; `limit_R` is
+        what each request really drafted, within its context and its remaining tokens.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The first `length` drafted tokens of every request, always; 0 is no speculation."""
+
+    length: int
+
+    def slots(self, limit_R: Sequence[int]) -> list[int]:
+        return [min(self.length, limit) for limit in limit_R]
+
+    def plan(self, survival_RK: Tensor | None, limit_R: Sequence[int]) -> list[int]:
+        return [min(self.length, limit) for limit in limit_R]
+
+
+class Full:
+    """Everything that was drafted."""
+
+    def slots(self, limit_R: Sequence[int]) -> list[int]:
+        return list(limit_R)
+
+    def plan(self, survival_RK: Tensor | None, limit_R: Sequence[int]) -> list[int]:
+        return list(limit_R)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The longest prefix in which every confidence is at least `confidence`. (DSpark, §5: static threshold)
+
+    The confidence of slot k depends on the tokens before k only, so stopping at the first low one is lossless.
+    """
+
+    confidence: float
+
+    def slots(self, limit_R: Sequence[int]) -> list[int]:
+        return list(limit_R)
+
+    def plan(self, survival_RK: Tensor | None, limit_R: Sequence[int]) -> list[int]:
+        if survival_RK is None:
+            return [0] * len(limit_R)
+        return [self._prefix(row, limit) for row, limit in zip(survival_RK.tolist(), limit_R, strict=True)]
+
+    def _prefix(self, survival: Sequence[float], limit: int) -> int:
+        before = 1.0
+        for k, now in enumerate(survival[:limit]):
+            # survival is a product of rounded factors: without the slack a confidence equal to the bound could fail
+            if not now >= self.confidence * before * (1 - 1e-6):
+                return k
+            before = now
+        return limit
+
+
+PLANNERS: dict[str, Callable[[str], Planner]] = {
+    "none": lambda _: Fixed(0),
+    "full": lambda _: Full(),
+    "fixed": lambda text: Fixed(_length(text)),
+    "threshold": lambda text: Threshold(_confidence(text)),
+}
+_TAKES = {"fixed": "a number of tokens, as in fixed:3", "threshold": "a confidence, as in threshold:0.5"}
+
+
+def parse_planner(text: str) -> Planner:
+    """The planner a person names: "none", "full", "fixed:3" or "threshold:0.5"; else a UserError."""
+    name, _, argument = text.partition(":")
+    if name not in PLANNERS:
+        raise UserError(f"planner {text!r} is unknown; pass one of none, full, fixed:N, threshold:C")
+    if bool(argument) != (name in _TAKES):
+        way_out = f"needs {_TAKES[name]}" if name in _TAKES else f"takes no argument; pass {name}"
+        raise UserError(f"planner {text!r} {way_out}")
+    return PLANNERS[name](argument)
+
+
+def _length(text: str) -> int:
+    if not text.isdecimal():
+        raise UserError(f"planner fixed:{text} is not a number of tokens, 0 or more; pass for example fixed:3")
+    return int(text)
+
+
+def _confidence(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value <= 1.0:
+        raise UserError(f"planner threshold:{text} is not a confidence from 0 to 1; pass for example threshold:0.5")
+    return value
