@@ -7,8 +7,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dspark.common.errors import UserError
 
@@ -57,7 +63,7 @@ def load_causal_lm(
     device: str = "auto",
     attention: str = "sdpa",
     trust_remote_code: bool = False,
-) -> nn.Module:
+) -> PreTrainedModel:
     """A frozen causal LM in eval mode. Raises UserError for a missing, truncated or ill-fitting checkpoint."""
     config = load_config(source, trust_remote_code=trust_remote_code)
     try:

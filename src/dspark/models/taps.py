@@ -11,11 +11,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dspark.common.errors import UserError
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The stack of decoder layers of a causal LM, whatever the family calls it."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
     return getattr(decoder, "language_model", decoder)
@@ -31,7 +32,7 @@ def check_taps(taps: Sequence[int], layer_count: int) -> None:
 
 
 @contextmanager
-def tapping(model: nn.Module, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+def tapping(model: PreTrainedModel, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """While the context is open, every forward leaves the hidden states of `taps` in the dict it yields."""
     decoder, seen, handles = decoder_of(model), {}, []
     for tap in set(taps):
@@ -49,7 +50,7 @@ def tapping(model: nn.Module, taps: Sequence[int]) -> Iterator[dict[int, Tensor]
 
 
 @torch.no_grad()
-def features(model: nn.Module, token_BT: Tensor, taps: Sequence[int]) -> tuple[Tensor, Tensor]:
+def features(model: PreTrainedModel, token_BT: Tensor, taps: Sequence[int]) -> tuple[Tensor, Tensor]:
     """What a drafter is trained on: (taps [B, T, k·D], last hidden state after the final norm [B, T, D])."""
     with tapping(model, taps) as seen:
         last_BTD = decoder_of(model)(input_ids=token_BT, use_cache=False).last_hidden_state

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from dspark.common.errors import UserError
 from dspark.models.batch import Ragged
@@ -43,7 +43,7 @@ class Probe:
 
 
 def ragged_attention_forward(
-    module: nn.Module,
+    module: PreTrainedModel,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -90,7 +90,7 @@ AttentionInterface.register(ATTENTION, ragged_attention_forward)
 class Target:
     """A frozen causal LM whose every forward is prefill, decode and verification rows together."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         """`model` was loaded with `attention=ATTENTION`. Raises UserError where its state cannot be rolled back."""
         self.model = model
         self.config = model.config.get_text_config()
@@ -168,7 +168,7 @@ class Target:
         return sources
 
 
-def refuse_unpaged_layers(config: object) -> None:
+def refuse_unpaged_layers(config: PreTrainedConfig) -> None:
     """Raises UserError naming the first layer type whose keys and values cannot be rolled back by length."""
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if kind not in LAYER_TYPES:

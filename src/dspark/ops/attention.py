@@ -5,6 +5,8 @@ T query tokens, R sequences, H query heads, G key/value heads, d head size, S sl
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def ragged_attention_plain(
     bounds, contexts = cu_query_R1.tolist(), context_R.tolist()
     group = q_THd.shape[1] // k_TGd.shape[1]
     wide = torch.promote_types(q_THd.dtype, torch.float32)
-    for r, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for r, (start, end) in enumerate(itertools.pairwise(bounds)):
         if start == end:
             continue
         context, own = contexts[r], end - start
