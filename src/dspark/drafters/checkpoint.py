@@ -1,0 +1,194 @@
+"""Reads and writes drafter directories in DeepSpec's format (`config.json`, `model.safetensors`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dspark.common.errors import UserError
+from dspark.common.files import replacing_directory
+from dspark.drafters.backbone import Backbone
+from dspark.drafters.body import Body
+from dspark.drafters.config import DrafterConfig, parse
+from dspark.drafters.dflash import DFlash
+from dspark.drafters.dspark import DSpark
+from dspark.drafters.eagle3 import Eagle3
+from dspark.drafters.heads import MARKOV_HEADS, ConfidenceHead
+from dspark.drafters.vocab import TargetParts, check_fit
+
+FROZEN = ("embed_tokens.weight", "lm_head.weight")
+PREFIXES = ("body.backbone.", "body.")  # our joined parts; the file's names are flat
+DrafterModule = DSpark | DFlash | Eagle3
+
+
+def flat_name(name: str) -> str:
+    """A parameter's name in the file."""
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def flat_state(drafter: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a drafter under the file's names."""
+    return {flat_name(name): tensor for name, tensor in drafter.state_dict().items()}
+
+
+def build(config: DrafterConfig, embedding_VD: Tensor, head_VD: Tensor, *, markov_top_k: int = 0) -> DrafterModule:
+    """An untrained drafter around the target's embedding and LM head, whose tensors are shared and frozen."""
+    embed_tokens = nn.Embedding.from_pretrained(embedding_VD, freeze=True)
+    with torch.device("meta"):
+        lm_head = nn.Linear(head_VD.shape[1], head_VD.shape[0], bias=False)
+    lm_head.weight = nn.Parameter(head_VD, requires_grad=False)
+    if config.kind == "eagle3":
+        return Eagle3(config.backbone, embed_tokens, lm_head, taps=config.taps, block_size=config.block_size)
+    body = Body(
+        Backbone(config.backbone),
+        embed_tokens,
+        lm_head,
+        mask_token_id=config.mask_token_id,
+        sample_from_anchor=config.sample_from_anchor,
+    )
+    if config.kind == "dflash":
+        return DFlash(body, taps=config.taps, block_size=config.block_size)
+    if not config.markov_rank:
+        raise UserError("markov_rank is 0 with enable_confidence_head true; give the drafter a Markov head or neither")
+    hidden, rank = config.backbone.hidden_size, config.markov_rank
+    return DSpark(
+        body,
+        MARKOV_HEADS[config.markov_head_type](config.vocab_size, rank, hidden),
+        ConfidenceHead(hidden, config.confidence_rank) if config.enable_confidence_head else None,
+        taps=config.taps,
+        block_size=config.block_size,
+        markov_top_k=markov_top_k,
+    )
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """config.json as it stands. Raises UserError where there is none or it is no JSON object."""
+    path = Path(directory, "config.json")
+    if not path.is_file():
+        raise UserError(f"{directory} has no config.json; pass a directory in DeepSpec's format")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); export the drafter again") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds a {type(raw).__name__}, not an object; export the drafter again")
+    return raw
+
+
+def read_tensors(directory: str | Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards its index names. Raises UserError for a damaged file."""
+    index = Path(directory, "model.safetensors.index.json")
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        path = Path(directory, name)
+        if not path.is_file():
+            raise UserError(f"{directory} has no {name}; the checkpoint is incomplete, copy it again")
+        try:
+            with safe_open(path, "pt") as file:
+                tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} is truncated or corrupted ({error}); copy it again") from error
+    return tensors
+
+
+def load(
+    directory: str | Path,
+    target: TargetParts | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    markov_top_k: int = 0,
+) -> tuple[DrafterModule, DrafterConfig]:
+    """The drafter of a directory, in eval mode.
+
+    Beside a target it shares the target's embedding and LM head (and takes its device and dtype); the file's copies
+    are only checked for their shape and may be absent. Without one they come from the file.
+    """
+    config, tensors = parse(read_config(directory), f"{directory}/config.json"), read_tensors(directory)
+    config = resolve_confidence(config, tensors)
+    if target is not None:
+        check_fit(config, target, str(directory))
+        for name, whole in zip(FROZEN, (target.embedding_VD, target.head_VD), strict=True):
+            check_shape(name, tensors.pop(name, whole), whole, directory)
+        embedding_VD, head_VD = target.embedding_VD, target.head_VD
+    else:
+        missing = [name for name in FROZEN if name not in tensors]
+        if missing:
+            raise UserError(f"{directory} has no {missing[0]}; load the drafter beside its target")
+        embedding_VD, head_VD = (tensors.pop(name).to(device=device, dtype=dtype) for name in FROZEN)
+    with torch.device("meta"):
+        drafter = build(config, embedding_VD, head_VD, markov_top_k=markov_top_k)
+    fill(drafter, tensors, directory, dtype or head_VD.dtype, device or head_VD.device)
+    return drafter.eval(), config
+
+
+def fill(
+    drafter: nn.Module, tensors: Mapping[str, Tensor], directory: str | Path, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Give every trainable parameter its tensor. Raises UserError for a missing, surplus or wrongly shaped one."""
+    wanted = {name: tensor for name, tensor in drafter.state_dict().items() if flat_name(name) not in FROZEN}
+    surplus = sorted(set(tensors) - {flat_name(name) for name in wanted})
+    if surplus:
+        raise UserError(
+            f"{directory} holds {surplus[0]}, which its config.json does not account for; correct the config"
+        )
+    state = {}
+    for name, like in wanted.items():
+        if flat_name(name) not in tensors:
+            raise UserError(f"{directory} lacks {flat_name(name)} {list(like.shape)}; the checkpoint is incomplete")
+        check_shape(flat_name(name), tensors[flat_name(name)], like, directory)
+        state[name] = tensors[flat_name(name)].to(dtype=dtype, device=device)
+    drafter.load_state_dict(state, strict=False, assign=True)
+    for module in drafter.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, buffer.to(device), persistent=False)
+
+
+def check_shape(name: str, tensor: Tensor, like: Tensor, directory: str | Path) -> None:
+    """Raises UserError unless the shapes agree."""
+    if tensor.shape != like.shape:
+        raise UserError(
+            f"{directory} has {name} of shape {list(tensor.shape)} where {list(like.shape)} belongs; "
+            "the weights and the config, or the target, do not fit together"
+        )
+
+
+def resolve_confidence(config: DrafterConfig, tensors: Mapping[str, Tensor]) -> DrafterConfig:
+    """Where the config leaves `confidence_head_with_markov` out, the head's width tells."""
+    weight = tensors.get("confidence_head.proj.weight")
+    if config.confidence_head_with_markov is not None or weight is None:
+        return config
+    sees_markov = weight.shape[-1] != config.backbone.hidden_size
+    return DrafterConfig(**{**config.__dict__, "confidence_head_with_markov": sees_markov})
+
+
+def save(
+    drafter: DrafterModule,
+    config: DrafterConfig,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    frozen: bool = True,
+) -> None:
+    """Write the drafter whole or not at all. `frozen=False` leaves out the target's embedding and LM head."""
+    state = {
+        name: tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype, copy=True).contiguous()
+        for name, tensor in flat_state(drafter).items()
+        if frozen or name not in FROZEN
+    }
+    raw = {**config.raw, "dtype": str(next(iter(state.values())).dtype).removeprefix("torch.")}
+    with replacing_directory(directory) as fresh:
+        save_file(state, fresh / "model.safetensors", metadata={"format": "pt"})
+        (fresh / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")

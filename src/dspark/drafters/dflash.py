@@ -1,0 +1,47 @@
+"""DFlash: the parallel backbone alone; every slot's distribution ignores the tokens drawn before it.
+
+R requests, K block slots, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dspark.drafters.base import Draft, DraftContext
+from dspark.drafters.body import BlockLogits, Body, certainty
+from dspark.models.batch import Ragged
+
+
+class DFlash(nn.Module):
+    """Drafts a block in one pass (arXiv 2602.06036). Both slot layouts: see `Body.sample_from_anchor`."""
+
+    def __init__(self, body: Body, *, taps: tuple[int, ...], block_size: int) -> None:
+        super().__init__()
+        self.body = body
+        self.taps = taps
+        self.block_size = block_size
+
+    def allocate(self, pages: int, page_size: int) -> None:
+        self.body.allocate(pages, page_size)
+
+    def extend(self, batch: Ragged, taps_TD: Tensor | None) -> None:
+        assert taps_TD is not None, "DFlash reads the target's hidden states"
+        self.body.extend(batch, taps_TD)
+
+    @torch.inference_mode()
+    def propose(self, context: DraftContext) -> Draft:
+        """Confidence is the largest probability of the untempered base logits: it knows nothing of the draw."""
+        base_RKV = self.body.lm_head(self.body.hidden(context))
+        drawn = [context.sampler.draw(base_RKV[:, slot], slot) for slot in range(context.slots)]
+        return Draft(
+            token_RK=torch.stack([token_R for token_R, _ in drawn], dim=1),
+            probability_RKV=torch.stack([law_RV for _, law_RV in drawn], dim=1),
+            confidence_RK=certainty(base_RKV),
+            length_R=[context.slots] * len(context.anchor_R),
+        )
+
+    def forward(self, token_BS: Tensor, taps_BSD: Tensor, anchor_BA: Tensor) -> BlockLogits:
+        """Every block of every sequence, for training."""
+        hidden_BAKD = self.body.blocks(token_BS, taps_BSD, anchor_BA, self.block_size)
+        return BlockLogits(self.body.lm_head(hidden_BAKD), None)

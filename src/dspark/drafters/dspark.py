@@ -1,0 +1,96 @@
+"""DSpark: the parallel backbone, a sequential Markov head over its base logits, and a confidence head.
+
+R requests, K block slots, C candidates of a restricted head, V vocabulary, D hidden size, r Markov rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dspark.drafters.base import Draft, DraftContext, TokenSampler
+from dspark.drafters.body import BlockLogits, Body, certainty, following
+from dspark.drafters.heads import ConfidenceHead, VanillaMarkov
+from dspark.models.batch import Ragged
+
+
+class DSpark(nn.Module):
+    """Drafts γ tokens: one parallel pass for base logits U, then token by token softmax(U_k + B_k) (DSpark, eq. 4).
+
+    `markov_top_k` > 0 restricts every slot to the K largest base logits; all other tokens then have probability 0 in
+    the distribution that is sampled and reported, so verification stays exact.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        markov: VanillaMarkov,
+        confidence: ConfidenceHead | None,
+        *,
+        taps: tuple[int, ...],
+        block_size: int,
+        markov_top_k: int = 0,
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.markov_head = markov
+        self.confidence_head = confidence
+        self.taps = taps
+        self.block_size = block_size
+        self.markov_top_k = markov_top_k
+
+    def allocate(self, pages: int, page_size: int) -> None:
+        self.body.allocate(pages, page_size)
+
+    def extend(self, batch: Ragged, taps_TD: Tensor | None) -> None:
+        assert taps_TD is not None, "DSpark reads the target's hidden states"
+        self.body.extend(batch, taps_TD)
+
+    @torch.inference_mode()
+    def propose(self, context: DraftContext) -> Draft:
+        hidden_RKD = self.body.hidden(context)
+        base_RKV = self.body.lm_head(hidden_RKD)
+        return self.sequential(context.anchor_R, hidden_RKD, base_RKV, context.sampler)
+
+    def sequential(self, anchor_R: Tensor, hidden_RKD: Tensor, base_RKV: Tensor, sampler: TokenSampler) -> Draft:
+        """Draw the block left to right; slot 1's previous token is the anchor (DSpark, eqs. 4–7)."""
+        state_Rr, token_R = self.markov_head.start(hidden_RKD[:, 0]), anchor_R
+        candidates = base_RKV.topk(self.markov_top_k, dim=-1) if 0 < self.markov_top_k < base_RKV.shape[-1] else None
+        tokens, laws, confidences = [], [], []
+        for slot in range(hidden_RKD.shape[1]):
+            embedding_Rr = self.markov_head.markov_w1(token_R)
+            latent_Rr, state_Rr = self.markov_head.latent(embedding_Rr, hidden_RKD[:, slot], state_Rr)
+            if candidates is None:
+                logits_RV = base_RKV[:, slot] + self.markov_head.markov_w2(latent_Rr)
+            else:
+                logits_RV = self.restricted(latent_Rr, candidates.values[:, slot], candidates.indices[:, slot])
+            token_R, law_RV = sampler.draw(logits_RV, slot)
+            tokens.append(token_R)
+            laws.append(law_RV)
+            if self.confidence_head is None:
+                confidences.append(certainty(logits_RV))
+            else:
+                confidences.append(torch.sigmoid(self.confidence_head(hidden_RKD[:, slot], embedding_Rr).float()))
+        return Draft(
+            token_RK=torch.stack(tokens, dim=1),
+            probability_RKV=torch.stack(laws, dim=1),
+            confidence_RK=torch.stack(confidences, dim=1),
+            length_R=[len(tokens)] * len(anchor_R),
+        )
+
+    def restricted(self, latent_Rr: Tensor, base_RC: Tensor, candidate_RC: Tensor) -> Tensor:
+        """Logits [R, V] that are −inf outside the candidates; W2 is read at the candidates' rows alone."""
+        bias_RC = torch.einsum("rck,rk->rc", self.markov_head.markov_w2.weight[candidate_RC], latent_Rr)
+        empty_RV = base_RC.new_full((len(base_RC), self.markov_head.markov_w2.out_features), float("-inf"))
+        return empty_RV.scatter(1, candidate_RC, base_RC + bias_RC)
+
+    def forward(self, token_BS: Tensor, taps_BSD: Tensor, anchor_BA: Tensor) -> BlockLogits:
+        """Every block of every sequence; the previous token of slot k is the true one (DSpark, §3.3)."""
+        hidden_BAKD = self.body.blocks(token_BS, taps_BSD, anchor_BA, self.block_size)
+        previous_BAK = following(token_BS, anchor_BA, self.block_size)
+        embedding_BAKr = self.markov_head.markov_w1(previous_BAK)
+        latent_BAKr = self.markov_head.unroll(embedding_BAKr, hidden_BAKD)
+        logits_BAKV = self.body.lm_head(hidden_BAKD) + self.markov_head.markov_w2(latent_BAKr)
+        if self.confidence_head is None:
+            return BlockLogits(logits_BAKV, None)
+        return BlockLogits(logits_BAKV, self.confidence_head(hidden_BAKD, embedding_BAKr))

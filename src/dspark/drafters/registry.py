@@ -1,0 +1,97 @@
+"""Every kind of drafter, and the one function that makes a drafter for a target out of a name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from dspark.common.errors import UserError
+from dspark.drafters import checkpoint
+from dspark.drafters.base import Drafter
+from dspark.drafters.config import kind_of
+from dspark.drafters.dflash import DFlash
+from dspark.drafters.draft_model import DraftModel
+from dspark.drafters.dspark import DSpark
+from dspark.drafters.ngram import NGram, NoDraft
+from dspark.drafters.vocab import TargetParts, check_tokenizers
+from dspark.models.loading import load_tokenizer
+from dspark.models.target import Target
+
+DRAFTERS = {
+    "dspark": DSpark,
+    "dflash": DFlash,
+    "draft_model": DraftModel,
+    "ngram": NGram,
+    "none": NoDraft,
+}
+
+
+def load_drafter(
+    source: str | Path, target: Target, *, block_size: int | None = None, markov_top_k: int = 0
+) -> Drafter:
+    """The drafter `source` names: "none", "ngram", a drafter's directory or hub id, or a smaller causal LM's.
+
+    The kind comes from config.json. `block_size` shortens the drafter's own. Raises UserError when the drafter does
+    not fit the target.
+    """
+    parts = TargetParts.of(target)
+    vocabulary = len(parts.head_VD)
+    if str(source) == "none":
+        return NoDraft(vocabulary)
+    if block_size is not None and block_size < 1:
+        raise UserError(f"block_size is {block_size}; pass 1 or more, or the drafter none for plain decoding")
+    if markov_top_k < 0:
+        raise UserError(f"markov_top_k is {markov_top_k}; pass 0 for no restriction, or more")
+    if str(source) == "ngram":
+        return NGram(vocabulary, block_size=block_size or 7)
+    directory = fetch(source)
+    raw = checkpoint.read_config(directory)
+    if kind_of(raw) == "eagle3":
+        raise UserError(f"{source} is an Eagle-3 drafter, which the engine does not run yet; use dspark or dflash")
+    if kind_of(raw) is None:
+        return load_draft_model(directory, target, parts, block_size or 5)
+    drafter, _ = checkpoint.load(directory, parts, markov_top_k=markov_top_k)
+    assert isinstance(drafter, DSpark | DFlash)
+    if block_size is not None:
+        if block_size > drafter.block_size:
+            raise UserError(
+                f"block_size {block_size} exceeds the drafter's {drafter.block_size}; "
+                f"pass --block-size {drafter.block_size} or less"
+            )
+        drafter.block_size = block_size
+    return drafter
+
+
+def load_draft_model(directory: Path, target: Target, parts: TargetParts, block_size: int) -> DraftModel:
+    """A causal LM as drafter. Its tokenizer must be the target's, where both directories have one."""
+    if has_tokenizer(directory) and has_tokenizer(Path(parts.name)):
+        check_tokenizers(load_tokenizer(directory), load_tokenizer(parts.name), str(directory))
+    dtype = str(target.dtype).removeprefix("torch.")
+    model = Target.load(directory, dtype=dtype, device=str(target.device))
+    vocabulary = len(parts.head_VD)
+    if not has_tokenizer(directory) and model.vocab_size != vocabulary:
+        raise UserError(
+            f"{directory} has a vocabulary of {model.vocab_size}, the target {parts.name} has {vocabulary}; "
+            "use a draft model with the target's tokenizer"
+        )
+    return DraftModel(model, vocabulary, block_size=block_size)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a tokenizer was saved beside the model."""
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def fetch(source: str | Path) -> Path:
+    """A directory as it is, or a hub id's snapshot. Raises UserError for what is neither."""
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise UserError(f"{source} is no directory; pass none, ngram, a drafter's directory or a hub id owner/name")
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot fetch {source} from the hub ({reason}); pass a drafter's directory") from error
