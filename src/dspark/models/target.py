@@ -20,6 +20,7 @@ from dspark.models.loading import load_causal_lm
 from dspark.models.pages import KVPool
 from dspark.models.taps import check_taps, decoder_of, tapping
 from dspark.ops import attention as ops
+from dspark.ops.linear import pack_linears
 
 ATTENTION = "dspark_ragged"
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -102,6 +103,7 @@ class Target:
         weight = model.get_input_embeddings().weight
         self.device, self.dtype = weight.device, weight.dtype
         refuse_unpaged_layers(self.config)
+        pack_linears(model)
         self.kv_shapes, self.source_of_layer = self._probe()
 
     @staticmethod
@@ -112,6 +114,16 @@ class Target:
         return Target(
             load_causal_lm(source, dtype=dtype, device=device, attention=ATTENTION, trust_remote_code=trust_remote_code)
         )
+
+    @property
+    def embedding_VD(self) -> Tensor:
+        """The input embedding, shared with drafters."""
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def head(self) -> nn.Module:
+        """The LM head as a module, [*, D] → [*, V], shared with drafters; family post-processing is not in it."""
+        return self.model.get_output_embeddings()
 
     def allocate(self, pages: int, page_size: int) -> KVPool:
         """An empty pool for this model's keys and values."""

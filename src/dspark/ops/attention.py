@@ -10,6 +10,10 @@ import itertools
 import torch
 from torch import Tensor
 
+from dspark.ops.cpu import load_kernels
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def store_plain(k_TGd: Tensor, v_TGd: Tensor, pool_k_SGd: Tensor, pool_v_SGd: Tensor, slot_T: Tensor) -> None:
     """Put keys and values of T tokens into their pool slots (in place)."""
@@ -38,7 +42,7 @@ def ragged_attention_plain(
     including a query's own; `softcap` > 0 squashes scores by softcap·tanh(score/softcap). Softmax is in float32 or
     wider. Rows past the last sequence are padding and come out zero. Returns out_THd in the queries' dtype.
     """
-    out_THd = torch.zeros_like(q_THd)
+    out_THd = q_THd.new_zeros(*q_THd.shape[:2], v_TGd.shape[2])
     bounds, contexts = cu_query_R1.tolist(), context_R.tolist()
     group = q_THd.shape[1] // k_TGd.shape[1]
     wide = torch.promote_types(q_THd.dtype, torch.float32)
@@ -65,5 +69,47 @@ def ragged_attention_plain(
     return out_THd
 
 
-store = store_plain
-ragged_attention = ragged_attention_plain
+def store(k_TGd: Tensor, v_TGd: Tensor, pool_k_SGd: Tensor, pool_v_SGd: Tensor, slot_T: Tensor) -> None:
+    """`store_plain` by the fastest way this device has."""
+    if _has_kernel(pool_k_SGd) and k_TGd.dtype == pool_k_SGd.dtype:
+        torch.ops.dspark.store(k_TGd, v_TGd, pool_k_SGd, pool_v_SGd, slot_T)
+    else:
+        store_plain(k_TGd, v_TGd, pool_k_SGd, pool_v_SGd, slot_T)
+
+
+def ragged_attention(
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    pool_k_SGd: Tensor,
+    pool_v_SGd: Tensor,
+    page_table_RP: Tensor,
+    cu_query_R1: Tensor,
+    context_R: Tensor,
+    page_size: int,
+    scale: float,
+    causal: bool,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """`ragged_attention_plain` by the fastest way this device has."""
+    run = torch.ops.dspark.ragged_attention if _has_kernel(q_THd) else ragged_attention_plain
+    return run(
+        q_THd,
+        k_TGd,
+        v_TGd,
+        pool_k_SGd,
+        pool_v_SGd,
+        page_table_RP,
+        cu_query_R1,
+        context_R,
+        page_size,
+        scale,
+        causal,
+        window,
+        softcap,
+    )
+
+
+def _has_kernel(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in KERNEL_DTYPES and load_kernels()

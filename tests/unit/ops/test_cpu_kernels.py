@@ -1,0 +1,102 @@
+"""CPU kernels equal their plain twins, and a row's bits do not depend on how many rows share the call."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dspark.ops.attention import ragged_attention, ragged_attention_plain, store, store_plain
+from dspark.ops.cpu import load_kernels
+from dspark.ops.linear import PackedLinear, pack_linears
+
+pytestmark = pytest.mark.skipif(not load_kernels(), reason="no C++ compiler: torch runs everything")
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k"), [(16, 32), (48, 64), (50, 62), (7, 128), (4096, 256)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_equals_torch(dtype, n, k, bias):
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(k, n, bias=bias, dtype=dtype).requires_grad_(False)
+    x = torch.randn(13, k).to(dtype)
+    want = F.linear(x.double(), plain.weight.double(), plain.bias.double() if bias else None)
+    got = PackedLinear(plain.weight, plain.bias)(x)
+    torch.testing.assert_close(got.double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_rows_bits_do_not_depend_on_its_neighbours(dtype, threads):
+    torch.manual_seed(0)
+    linear = PackedLinear(torch.randn(352, 256).to(dtype))
+    x = torch.randn(40, 256).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole = linear(x)
+        for rows in (1, 2, 3, 7, 8, 9, 16, 31):
+            for start in (0, 5):
+                assert torch.equal(linear(x[start : start + rows]), whole[start : start + rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+def case(dtype, lengths, contexts, *, heads=4, groups=2, key=24, value=20, page=4, seed=0):
+    torch.manual_seed(seed)
+    width = max(-(-(c + n) // page) for c, n in zip(contexts, lengths, strict=True)) + 1
+    table = (torch.randperm(width * len(lengths)) + 1).int().view(len(lengths), width)
+    pool = [torch.randn((width * len(lengths) + 1) * page, groups, size).to(dtype) for size in (key, value)]
+    tokens = sum(lengths)
+    q = torch.randn(tokens + 2, heads, key).to(dtype)  # two rows of padding at the end
+    k, v = torch.randn(tokens + 2, groups, key).to(dtype), torch.randn(tokens + 2, groups, value).to(dtype)
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    return q, k, v, *pool, table, cu, torch.tensor(contexts, dtype=torch.int32), page
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (0, 2.0)])
+def test_attention_equals_its_plain_twin(dtype, causal, window, softcap):
+    arguments = case(dtype, [1, 9, 20, 0, 3], [17, 0, 6, 5, 40])
+    want = ragged_attention_plain(*arguments, 0.3, causal, window, softcap)
+    got = ragged_attention(*arguments, 0.3, causal, window, softcap)
+    torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert not got[-2:].any(), "padding rows come out zero"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_a_row_does_not_depend_on_the_block_it_is_in(dtype):
+    page = 4
+    q, k, v, pool_k, pool_v, table, _, _, _ = case(dtype, [12], [30], page=page)
+    q, k, v = q[:12], k[:12], v[:12]
+
+    def run(start, stop, context):
+        cu = torch.tensor([0, stop - start], dtype=torch.int32)
+        length = torch.tensor([context], dtype=torch.int32)
+        part = (x[start:stop] for x in (q, k, v))
+        return ragged_attention(*part, pool_k, pool_v, table, cu, length, page, 0.3, True)
+
+    whole = run(0, 12, 30)
+    slots = torch.tensor([int(table[0, p // page]) * page + p % page for p in range(30, 42)])
+    store(k, v, pool_k, pool_v, slots)
+    for start, stop in ((0, 1), (1, 2), (3, 11), (7, 12)):
+        assert torch.equal(run(start, stop, 30 + start), whole[start:stop])
+
+
+def test_store_equals_its_plain_twin():
+    _, k, v, pool_k, pool_v, *_ = case(torch.bfloat16, [9], [0])
+    slots = torch.tensor([3, 4, 9, 0, 1, 2, 7, 5, 6, 8, 10])
+    want_k, want_v = pool_k.clone(), pool_v.clone()
+    store_plain(k, v, want_k, want_v, slots)
+    store(k, v, pool_k, pool_v, slots)
+    assert torch.equal(pool_k, want_k)
+    assert torch.equal(pool_v, want_v)
+
+
+def test_pack_linears_swaps_every_linear_and_keeps_the_function():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)).requires_grad_(False)
+    x = torch.randn(5, 8)
+    want = net(x)
+    assert pack_linears(net) == 2
+    torch.testing.assert_close(net(x), want)
