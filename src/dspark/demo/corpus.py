@@ -1,4 +1,4 @@
-"""Which Python files the demo target learns from: found on this machine, filtered, deduplicated and split by content."""
+"""Which Python files the demo target learns from: found here, filtered, deduplicated and split by content."""
 
 from __future__ import annotations
 
@@ -137,7 +137,8 @@ def collect(
             seen |= own
             budget -= len(text)
             digest = hashlib.sha256("".join(text.split()).encode()).hexdigest()
-            name = f"{package.name}/{path.relative_to(base)}" if package.name == "stdlib" else str(path.relative_to(base))
+            name = path.relative_to(base).as_posix()
+            name = f"stdlib/{name}" if package.name == "stdlib" else name
             yield SourceFile(package.name, name, text, digest, split_of(digest, seed, held_out))
 
 
@@ -182,5 +183,5 @@ def documents(files: list[SourceFile], packages: tuple[Package, ...], *, seed: i
 def require(files: list[SourceFile]) -> list[SourceFile]:
     """The files, or the mistake: a Python without its source, or without the packages that the recipe names."""
     if not any(file.held_out for file in files) or all(file.held_out for file in files):
-        raise UserError(f"{len(files)} source files found, too few to train on and hold out; install dspark's dependencies")
+        raise UserError(f"{len(files)} source files found, too few to split; install dspark's dependencies")
     return files

@@ -105,7 +105,7 @@ def _check(recipe: TargetRecipe) -> None:
     depth = 0
     for i, stage in enumerate(recipe.stages):
         if depth and stage.layers % depth:
-            raise UserError(f"stages[{i}].layers {stage.layers} is no multiple of the {depth} before; layers are stacked whole")
+            raise UserError(f"stages[{i}].layers {stage.layers} is no multiple of the {depth} layers before it")
         if stage.length > recipe.architecture.max_position_embeddings:
             limit = recipe.architecture.max_position_embeddings
             raise UserError(f"stages[{i}].length {stage.length} exceeds max_position_embeddings {limit}; shorten it")

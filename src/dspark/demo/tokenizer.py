@@ -64,3 +64,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, context: int) -> None:
         clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(folder)
+
+
+def token_bytes(token: str) -> int:
+    """How many bytes of text a byte-level token stands for: one per symbol, none for a special token."""
+    return 0 if token.startswith("<|") and token.endswith("|>") else len(token)
