@@ -94,6 +94,11 @@ def shingles(text: str) -> set[int]:
     return {int.from_bytes(hashlib.blake2b("\n".join(w).encode(), digest_size=8).digest(), "big") for w in windows}
 
 
+def content_digest(text: str) -> str:
+    """A file's identity: its characters, whitespace aside."""
+    return hashlib.sha256("".join(text.split()).encode()).hexdigest()
+
+
 def split_of(digest: str, seed: int, held_out: float) -> bool:
     """Whether a file with this content is held out: a function of content and seed alone."""
     key = hashlib.blake2b(f"{seed}:{digest}".encode(), digest_size=8).digest()
@@ -136,7 +141,7 @@ def collect(
                 continue
             seen |= own
             budget -= len(text)
-            digest = hashlib.sha256("".join(text.split()).encode()).hexdigest()
+            digest = content_digest(text)
             name = path.relative_to(base).as_posix()
             name = f"stdlib/{name}" if package.name == "stdlib" else name
             yield SourceFile(package.name, name, text, digest, split_of(digest, seed, held_out))
@@ -156,6 +161,19 @@ def manifest(files: list[SourceFile]) -> dict[str, list[dict[str, str]]]:
     for file in files:
         rows["held_out" if file.held_out else "train"].append({"path": file.path, "sha256": file.digest})
     return rows
+
+
+def held_out_texts(listing: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """Path and text of each listed file that this machine has with that very content: text the target never saw."""
+    found = []
+    for row in listing:
+        name = row["path"]
+        stdlib = name.startswith("stdlib/")
+        root = Path(sysconfig.get_paths()["stdlib" if stdlib else "purelib"])
+        text = _read(root / name.removeprefix("stdlib/"))
+        if text is not None and content_digest(text) == row["sha256"]:
+            found.append((name, text))
+    return found
 
 
 def documents(files: list[SourceFile], packages: tuple[Package, ...], *, seed: int, cut: float = 0.15) -> list[str]:

@@ -38,7 +38,8 @@ def prepare(recipe: TargetRecipe, out: Path) -> None:
     for name, part in (("train", texts), ("held_out", held)):
         encoded = [np.asarray(e.ids, dtype=np.uint16) for e in tokenizer.encode_batch_fast(part)]
         np.save(out / f"{name}.npy", np.concatenate(encoded))
-    sizes = np.array([token_bytes(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size())], dtype=np.int64)
+    symbols = {index: symbol for symbol, index in tokenizer.get_vocab().items()}
+    sizes = np.array([token_bytes(symbols[i]) for i in range(len(symbols))], dtype=np.int64)
     np.save(out / "token_bytes.npy", sizes)
     with replacing_file(out / "manifest.json") as partial:
         partial.write_text(json.dumps(corpus.manifest(files), indent=1), encoding="utf-8")

@@ -69,6 +69,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _nesterov(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        assert parameter.grad is not None
         gradient = parameter.grad.float()
         state = self.state[parameter]
         if "momentum" not in state:
@@ -119,7 +120,8 @@ def build_optimizers(
     them would move the rare rows as far as the frequent ones.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

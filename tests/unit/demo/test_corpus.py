@@ -88,6 +88,15 @@ def test_the_manifest_names_no_machine(site: Path) -> None:
     assert corpus.manifest(files) == {"train": [], "held_out": [{"path": "one/a.py", "sha256": files[0].digest}]}
 
 
+def test_held_out_texts_are_those_with_the_listed_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "one/a.py", module("alpha"))
+    write(tmp_path, "one/b.py", module("beta"))
+    monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: {"stdlib": tmp_path, "purelib": tmp_path})
+    digest = corpus.content_digest(corpus.normalise(module("alpha")))
+    listing = [{"path": f"{folder}one/{name}.py", "sha256": digest} for folder in ("", "stdlib/") for name in "abc"]
+    assert [path for path, _ in corpus.held_out_texts(listing)] == ["one/a.py", "stdlib/one/a.py"]
+
+
 def test_documents_repeat_and_lose_nothing() -> None:
     packages = (Package("one", repeat=2), Package("two"))
     files = [SourceFile("one", "a", module("alpha"), "a", False), SourceFile("two", "b", module("beta"), "b", False)]
