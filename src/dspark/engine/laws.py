@@ -1,0 +1,110 @@
+"""How the requests of a step sample: their shaping as tensors, remembered as long as they stay together, and noise.
+
+B rows, R requests, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dspark.drafters.base import Draft
+from dspark.engine.request import Request
+from dspark.ops.history import History
+from dspark.ops.sampling import Shaping, shape
+from dspark.speculation.noise import RoundNoise
+
+REMEMBERED = 32
+
+
+@dataclass(frozen=True)
+class Group:
+    """Requests that share a step, in order."""
+
+    shaping: Shaping
+    seeds: list[int]
+    coupled: list[bool]
+    greedy: list[bool]
+    repeated: dict[tuple[int, ...], Shaping] = field(default_factory=dict)  # shaping by rows per request
+
+    @staticmethod
+    def of(requests: Sequence[Request], device: torch.device) -> Group:
+        """Reads the parameters of `requests` once."""
+        params = [request.params for request in requests]
+        return Group(
+            Shaping.of(params, device),
+            [request.seed for request in requests],
+            [p.coupled for p in params],
+            [p.temperature == 0 for p in params],
+        )
+
+    def rows(self, rows: tuple[int, ...]) -> Shaping:
+        """The shaping with request r repeated rows[r] times."""
+        if rows not in self.repeated:
+            if len(self.repeated) >= REMEMBERED:
+                self.repeated.clear()
+            self.repeated[rows] = self.shaping.repeat(rows)
+        return self.repeated[rows]
+
+
+class Laws:
+    """Shaping, noise and history of any group of an engine's requests."""
+
+    def __init__(self, vocabulary: int, device: torch.device):
+        self.vocabulary = vocabulary
+        self.device = device
+        self._groups: dict[tuple[int, ...], Group] = {}
+
+    def group(self, requests: Sequence[Request]) -> Group:
+        """How these requests sample, in this order."""
+        key = tuple(request.id for request in requests)
+        group = self._groups.get(key)
+        if group is None:
+            if len(self._groups) >= REMEMBERED:
+                self._groups.clear()
+            group = self._groups[key] = Group.of(requests, self.device)
+        return group
+
+    def noise(self, requests: Sequence[Request], slots: int) -> RoundNoise:
+        """The round's randomness: a function of seed, round and position alone, so preemption does not touch it."""
+        group = self.group(requests)
+        return RoundNoise.of(
+            group.seeds,
+            [request.rounds for request in requests],
+            [request.output_length for request in requests],
+            group.coupled,
+            slots=slots,
+            greedy=group.greedy,
+            device=self.device,
+        )
+
+    def history(self, requests: Sequence[Request]) -> History | None:
+        """Token counts before each anchor's successor, if any request's penalties need them."""
+        if not self.group(requests).shaping.penalized:
+            return None
+        prompts = [request.tokens[: request.prompt_length] for request in requests]
+        outputs = [request.tokens[request.prompt_length :] for request in requests]
+        return History.of(prompts, outputs, self.vocabulary, self.device)
+
+    def target(
+        self, requests: Sequence[Request], logits_BV: Tensor, draft: Draft | None, plan: Sequence[int]
+    ) -> Tensor:
+        """The law of the next token at every row, [B, V]: what the text must follow."""
+        shaping = self.group(requests).rows(tuple(1 + length for length in plan))
+        history = self.history(requests)
+        if history is not None:
+            history = history.rows(plan, draft.token_RK if draft is not None else None)
+        return shape(logits_BV, shaping, history)
+
+
+def padded(draft: Draft, requests: int) -> Draft:
+    """The draft with empty rows for the requests behind its own, which did not draft."""
+    more = requests - len(draft.token_RK)
+    if not more:
+        return draft
+    tensors = (draft.token_RK, draft.probability_RKV, draft.confidence_RK)
+    token, probability, confidence = (torch.cat([x, x.new_zeros(more, *x.shape[1:])]) for x in tensors)
+    return Draft(token, probability, confidence, [*draft.length_R, *[0] * more])

@@ -1,0 +1,125 @@
+"""One request: its tokens, its pages, how far they agree, and when it has said enough."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from dspark.common.sampling_params import SamplingParams
+from dspark.engine.detokenize import Detokenizer
+from dspark.speculation.statistics import SpeculationStatistics
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A committed token's log-probability under the target's raw logits, and the likeliest tokens' there."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]  # likeliest first
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What one step added to one request. Texts of all commits joined are the request's text."""
+
+    request_id: int
+    token_ids: list[int]
+    text: str
+    accepted: int  # how many of `token_ids`, from the front, a drafter proposed
+    logprobs: list[TokenLogprob] | None
+    finish_reason: FinishReason | None
+    statistics: RequestStatistics
+
+
+@dataclass
+class RequestStatistics(SpeculationStatistics):
+    """Rounds count the steps in which the request could draft; the commit that ends a prefill is not one."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache at the first admission
+    preemptions: int = 0
+    arrived: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None
+    finished: float | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """Committed tokens and the pages that hold the first `cached` of them; the last token is the anchor.
+
+    Rolling back a rejected draft is nothing but not counting its rows into `cached`.
+    """
+
+    id: int
+    params: SamplingParams
+    tokens: list[int]  # the prompt, then the committed output
+    prompt_length: int
+    limit: int  # tokens it may reach, prompt included
+    seed: int
+    stop_ids: frozenset[int]
+    page_row: np.ndarray  # int32: the pages, then zeros
+    detokenizer: Detokenizer | None = None
+    pages: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`; outlives the pages
+    published: int = 0
+    cached: int = 0
+    rounds: int = 0  # the random numbers' counter: grows with every verification, preempted or not
+    decoding: bool = False  # has committed a token since its last admission, so only the anchor is uncached
+    finish_reason: FinishReason | None = None
+    statistics: RequestStatistics = field(default_factory=RequestStatistics)
+
+    @property
+    def uncached(self) -> int:
+        """Tokens that must still go through the target, the anchor included."""
+        return len(self.tokens) - self.cached
+
+    @property
+    def output_length(self) -> int:
+        """Committed tokens after the prompt: the position of the next one."""
+        return len(self.tokens) - self.prompt_length
+
+    def append_page(self, page: int) -> None:
+        """Room for one page of tokens more."""
+        self.page_row[len(self.pages)] = page
+        self.pages.append(page)
+
+    def drop_pages(self) -> list[int]:
+        """Forget the pages and what was in them; the caller releases them."""
+        pages, self.pages = self.pages, []
+        self.page_row[:] = 0
+        self.cached = self.published = 0
+        self.decoding = False
+        return pages
+
+    def commit(self, tokens: list[int]) -> tuple[list[int], str]:
+        """Take a round's tokens up to the first reason to stop; returns those taken and the text that can be shown."""
+        room = self.limit - len(self.tokens)
+        kept = tokens[:room]
+        spoken = len(kept)
+        if len(tokens) >= room:
+            self.finish_reason = "length"
+        if not self.stop_ids.isdisjoint(kept):
+            spoken = next(i for i, token in enumerate(kept) if token in self.stop_ids)
+            kept = kept[: spoken + 1]
+            self.finish_reason = "stop"
+        text = ""
+        if self.detokenizer is not None:
+            text, count = self.detokenizer.feed(kept[:spoken])
+            if count is not None:
+                kept = kept[:count]
+                self.finish_reason = "stop"
+            elif self.finish_reason:
+                text += self.detokenizer.finish()
+        self.tokens += kept
+        now = time.perf_counter()
+        if self.statistics.first_token is None:
+            self.statistics.first_token = now
+        if self.finish_reason:
+            self.statistics.finished = now
+        return kept, text

@@ -1,0 +1,64 @@
+"""The target, the drafter and their pools: every forward of an engine is one of these three calls, and is timed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dspark.drafters.base import Draft, DraftContext, Drafter
+from dspark.engine.assemble import Assembled
+from dspark.models.batch import Ragged
+from dspark.models.target import Target
+
+
+@dataclass
+class Timings:
+    """Seconds by phase since the start. On CUDA a phase is the time to launch it; waiting falls to `total`."""
+
+    steps: int = 0
+    target: float = 0.0
+    drafter: float = 0.0
+    total: float = 0.0
+
+    @property
+    def outside(self) -> float:
+        """Seconds that neither forward accounts for: scheduling, assembling, verifying, text."""
+        return self.total - self.target - self.drafter
+
+    @property
+    def outside_share(self) -> float:
+        """`outside` as a share of all step time; 0 before the first step."""
+        return self.outside / self.total if self.total else 0.0
+
+
+class Runner:
+    """Runs batches over one set of pages; the drafter's pools lie parallel to the target's."""
+
+    def __init__(self, target: Target, drafter: Drafter, *, pages: int, page_size: int):
+        self.target = target
+        self.drafter = drafter
+        self.pool = target.allocate(pages, page_size)
+        self.timings = Timings()
+        drafter.allocate(pages, page_size)
+
+    def forward(self, step: Assembled) -> tuple[Tensor, Tensor | None]:
+        """(logits_BV of the wanted rows, taps_TkD if the drafter reads any)."""
+        before = time.perf_counter()
+        out = self.target.forward(step.batch, self.pool, step.rows_B, self.drafter.taps)
+        self.timings.target += time.perf_counter() - before
+        return out
+
+    def propose(self, context: DraftContext) -> Draft:
+        """The drafter's block behind each anchor."""
+        before = time.perf_counter()
+        draft = self.drafter.propose(context)
+        self.timings.drafter += time.perf_counter() - before
+        return draft
+
+    def extend(self, batch: Ragged, taps_TkD: Tensor | None) -> None:
+        """Take committed tokens into the drafter's context."""
+        before = time.perf_counter()
+        self.drafter.extend(batch, taps_TkD)
+        self.timings.drafter += time.perf_counter() - before

@@ -1,0 +1,199 @@
+"""The synchronous engine: requests are added and cancelled between steps; a step moves them on by one target forward.
+
+R requests, K draft slots, B rows with logits, V vocabulary, k taps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dspark.common.sampling_params import SamplingParams
+from dspark.drafters.base import Draft, DraftContext, Drafter
+from dspark.drafters.ngram import NoDraft
+from dspark.engine.admission import Admission, Schedule
+from dspark.engine.assemble import Assembled, assemble, committed, page_table
+from dspark.engine.config import EngineConfig
+from dspark.engine.intake import Intake
+from dspark.engine.laws import Laws, padded
+from dspark.engine.logprobs import log_probabilities
+from dspark.engine.prefix import PagePool
+from dspark.engine.request import Commit, Request
+from dspark.engine.runner import Runner, Timings
+from dspark.models.target import Target
+from dspark.speculation.draft_sampler import DraftSampler
+from dspark.speculation.noise import RoundNoise
+from dspark.speculation.planner import Planner, parse_planner
+from dspark.speculation.survival import survival
+from dspark.speculation.verify import Verdict, verify
+
+HEADROOM = 2  # slots a drafter may read past its block
+
+
+class EngineCore:
+    """Continuous batching with speculation. Not thread-safe: one caller adds, steps and cancels."""
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None = None,
+        planner: str | Planner = "full",
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        config: EngineConfig | None = None,
+        eos_token_ids: Iterable[int] = (),
+    ):
+        """Text prompts, texts and stop strings need a tokenizer; token ids do without."""
+        self.config = config = config or EngineConfig()
+        self.target = target
+        self.drafter = drafter = drafter or NoDraft(target.vocab_size)
+        self.planner = parse_planner(planner) if isinstance(planner, str) else planner
+        block = drafter.block_size if config.max_draft is None else min(drafter.block_size, config.max_draft)
+        pages = config.pages_for(target)
+        pool = PagePool(pages, config.page_size, remember=config.prefix_caching)
+        self.admission = Admission(pool, config, block_size=block)
+        self.runner = Runner(target, drafter, pages=pages, page_size=config.page_size)
+        self.laws = Laws(target.vocab_size, target.device)
+        self.intake = Intake(
+            target,
+            tokenizer,
+            config,
+            capacity=pool.capacity,
+            eos_token_ids=eos_token_ids,
+            headroom=block + HEADROOM,
+        )
+        self.requests: dict[int, Request] = {}
+
+    @property
+    def timings(self) -> Timings:
+        """Time by phase since the engine was made."""
+        return self.runner.timings
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.requests
+
+    def add(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> int:
+        """Queue a request and return its id. Raises UserError for one that could never be served."""
+        request = self.intake.request(prompt, params or SamplingParams())
+        self.requests[request.id] = request
+        self.admission.waiting.append(request)
+        return request.id
+
+    def cancel(self, request_id: int) -> Commit | None:
+        """Free everything a request holds; None if it is not here (any more)."""
+        request = self.requests.pop(request_id, None)
+        if request is None:
+            return None
+        self.admission.remove(request)
+        request.finish_reason = "cancelled"
+        request.statistics.finished = time.perf_counter()
+        return Commit(request_id, [], "", 0, None, "cancelled", request.statistics)
+
+    def step(self) -> list[Commit]:
+        """Propose, plan, assemble, forward, verify, commit; returns what was committed to whom."""
+        started = time.perf_counter()
+        schedule = self.admission.schedule()
+        if not (schedule.sampled or schedule.partial):
+            return []
+        noise, draft = self._propose(schedule)
+        plan = self._plan(schedule, draft)
+        batch = assemble(schedule, draft, plan, page_size=self.config.page_size, device=self.target.device)
+        logits_BV, taps_TkD = self.runner.forward(batch)
+        verdict = self._verify(schedule, draft, plan, noise, logits_BV)
+        self._extend(batch, taps_TkD, verdict)
+        commits = self._commit(schedule, draft, verdict, logits_BV)
+        self.timings.steps += 1
+        self.timings.total += time.perf_counter() - started
+        return commits
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where pages leak or requests are lost."""
+        self.admission.check_integrity()
+        known = {request.id for request in [*self.admission.running, *self.admission.waiting]}
+        assert known == set(self.requests), "requests known and requests queued differ"
+
+    def _propose(self, schedule: Schedule) -> tuple[RoundNoise | None, Draft | None]:
+        """The round's noise, and drafts of the requests that may and shall have one, which `schedule` then has first."""
+        if not schedule.sampled:
+            return None, None
+        schedule.limits = self.planner.slots(schedule.limits)
+        schedule.drafting_first()
+        slots = schedule.limits[0] and max(schedule.limits)
+        noise = self.laws.noise(schedule.sampled, slots)
+        if not slots:
+            return noise, None
+        drafting = [request for request, limit in zip(schedule.sampled, schedule.limits, strict=True) if limit]
+        everyone = len(drafting) == len(schedule.sampled)
+        own_noise = noise if everyone else noise.select(range(len(drafting)))
+        sampler = DraftSampler(self.laws.group(drafting).shaping, own_noise, self.laws.history(drafting))
+        positions = [request.cached for request in drafting]
+        reach = max(positions) + slots + HEADROOM
+        device = self.target.device
+        ahead_2R = torch.tensor([[request.tokens[-1] for request in drafting], positions]).to(device)
+        context = DraftContext(
+            anchor_R=ahead_2R[0],
+            position_R=ahead_2R[1],
+            page_table_RP=torch.from_numpy(page_table(drafting, reach, self.config.page_size)).to(device),
+            slots=slots,
+            request_ids=[request.id for request in drafting],
+            history=[request.tokens for request in drafting],
+            sampler=sampler,
+        )
+        return noise, padded(self.runner.propose(context), len(schedule.sampled))
+
+    def _plan(self, schedule: Schedule, draft: Draft | None) -> list[int]:
+        """How many drafted tokens of each request are verified, within what was drafted and what fits."""
+        if draft is None:
+            return [0] * len(schedule.sampled)
+        limits = [min(pair) for pair in zip(schedule.limits, draft.length_R, strict=True)]
+        return self.planner.plan(survival(draft.confidence_RK), limits)
+
+    def _verify(
+        self,
+        schedule: Schedule,
+        draft: Draft | None,
+        plan: list[int],
+        noise: RoundNoise | None,
+        logits_BV: Tensor,
+    ) -> Verdict:
+        if noise is None:
+            return Verdict([], [], [])
+        law_BV = self.laws.target(schedule.sampled, logits_BV, draft, plan)
+        return verify(draft, plan, law_BV, noise)
+
+    def _extend(self, batch: Assembled, taps_TkD: Tensor | None, verdict: Verdict) -> None:
+        """The drafter's context takes what is committed; rejected rows stay behind in slots that get overwritten."""
+        rejected = [p - a for p, a in zip(verdict.plan, verdict.accepted_R, strict=True)]
+        self.runner.extend(*committed(batch, taps_TkD, rejected))
+
+    def _commit(self, schedule: Schedule, draft: Draft | None, verdict: Verdict, logits_BV: Tensor) -> list[Commit]:
+        """Requests take their tokens, full pages become findable, finished requests leave."""
+        commits, kept_R = [], []
+        for index, request in enumerate(schedule.sampled):
+            plan, accepted = verdict.plan[index], verdict.accepted_R[index]
+            kept, text = request.commit(verdict.tokens[index])
+            request.rounds += 1
+            if request.decoding:
+                drafted = draft.length_R[index] if draft is not None else 0
+                request.statistics.observe(drafted=drafted, verified=plan, accepted=accepted, committed=len(kept))
+            request.decoding = True
+            cached = request.cached + schedule.rows[index] + accepted
+            self.admission.keep(request, min(cached, len(request.tokens)))
+            kept_R.append(kept)
+            commits.append(
+                Commit(
+                    request.id, kept, text, min(accepted, len(kept)), None, request.finish_reason, request.statistics
+                )
+            )
+            if request.finish_reason:
+                self.admission.remove(request)
+                del self.requests[request.id]
+        for request, rows in schedule.partial:
+            self.admission.keep(request, request.cached + rows)
+        return log_probabilities(schedule.sampled, commits, verdict.plan, logits_BV)
