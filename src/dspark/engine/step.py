@@ -119,7 +119,7 @@ class EngineCore:
         assert known == set(self.requests), "requests known and requests queued differ"
 
     def _propose(self, schedule: Schedule) -> tuple[RoundNoise | None, Draft | None]:
-        """The round's noise, and drafts of the requests that may and shall have one, which `schedule` then has first."""
+        """The round's noise, and drafts of the requests that may and shall have one, put first in `schedule`."""
         if not schedule.sampled:
             return None, None
         schedule.limits = self.planner.slots(schedule.limits)

@@ -1,0 +1,61 @@
+"""The demo target as a model: built, deepened by stacking, and written as any other Hugging Face folder."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
+
+from dspark.common.files import replacing_directory
+from dspark.demo.recipe import Architecture
+
+
+def build_model(architecture: Architecture, layers: int, end_id: int) -> Qwen3ForCausalLM:
+    """A fresh model whose layers begin as the identity: their output projections are zero."""
+    config = Qwen3Config(
+        **{k: v for k, v in asdict(architecture).items() if k != "rope_theta"},
+        rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
+        num_hidden_layers=layers,
+        tie_word_embeddings=True,
+        bos_token_id=end_id,
+        eos_token_id=end_id,
+        pad_token_id=None,
+        attn_implementation="sdpa",
+    )
+    model = Qwen3ForCausalLM(config)
+    for layer in model.model.layers:
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model
+
+
+def stacked(model: Qwen3ForCausalLM, architecture: Architecture, layers: int) -> Qwen3ForCausalLM:
+    """A deeper model made of copies of a trained one's layers: 0123 becomes 01230123. (Du et al. 2024, G_stack)"""
+    depth = model.config.num_hidden_layers
+    if depth == layers:
+        return model
+    deep = build_model(architecture, layers, model.config.eos_token_id)
+    deep.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
+    deep.model.norm.load_state_dict(model.model.norm.state_dict())
+    for i, layer in enumerate(deep.model.layers):
+        layer.load_state_dict(model.model.layers[i % depth].state_dict())
+    return deep
+
+
+def export(model: Qwen3ForCausalLM, tokenizer: Path, target: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load, put in place by renaming."""
+    logging.disable_progress_bar()
+    copy = Qwen3ForCausalLM(model.config).to(dtype)
+    copy.load_state_dict(model.state_dict())
+    copy.config.dtype = dtype
+    end = model.config.eos_token_id
+    copy.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end, do_sample=False)
+    with replacing_directory(target) as partial:
+        copy.save_pretrained(partial, max_shard_size="15MB")
+        for file in tokenizer.iterdir():
+            shutil.copy(file, partial)
