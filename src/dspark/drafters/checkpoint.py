@@ -92,15 +92,19 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     tensors: dict[str, Tensor] = {}
     for name in names:
-        path = Path(directory, name)
-        if not path.is_file():
-            raise UserError(f"{directory} has no {name}; the checkpoint is incomplete, copy it again")
-        try:
-            with safe_open(path, "pt") as file:
-                tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path} is truncated or corrupted ({error}); copy it again") from error
+        tensors.update(read_file(Path(directory, name)))
     return tensors
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file. Raises UserError for a missing or damaged one."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} has no {path.name}; the checkpoint is incomplete, copy it again")
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is truncated or corrupted ({error}); copy it again") from error
 
 
 def load(

@@ -123,7 +123,7 @@ class RotaryEmbedding(nn.Module):
             frequency, self.scaling = 1.0 / (config.rope["rope_theta"] ** exponent), 1.0
         elif kind in ("linear", "llama3", "yarn"):
             names = ("head_dim", "hidden_size", "num_attention_heads", "max_position_embeddings")
-            shape = PreTrainedConfig(**{name: getattr(config, name) for name in names}, rope_parameters=config.rope)  # type: ignore[call-arg]
+            shape = PreTrainedConfig(**{name: getattr(config, name) for name in names}, rope_parameters=config.rope)
             with torch.device("cpu"):  # a drafter may be under construction on the meta device
                 frequency, self.scaling = ROPE_INIT_FUNCTIONS[kind](shape, torch.device("cpu"))
         else:
