@@ -34,7 +34,7 @@ class Body(nn.Module):
         self,
         backbone: Backbone,
         embed_tokens: nn.Embedding,
-        lm_head: nn.Linear,
+        lm_head: nn.Module,
         *,
         mask_token_id: int,
         sample_from_anchor: bool = True,

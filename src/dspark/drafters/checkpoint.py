@@ -21,9 +21,11 @@ from dspark.drafters.dflash import DFlash
 from dspark.drafters.dspark import DSpark
 from dspark.drafters.eagle3 import Eagle3
 from dspark.drafters.heads import MARKOV_HEADS, ConfidenceHead
+from dspark.drafters.layers import RotaryEmbedding
 from dspark.drafters.vocab import TargetParts, check_fit
 
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
+SHARED = ("embed_tokens.", "lm_head.")
 PREFIXES = ("body.backbone.", "body.")  # our joined parts; the file's names are flat
 DrafterModule = DSpark | DFlash | Eagle3
 
@@ -40,12 +42,17 @@ def flat_state(drafter: nn.Module) -> dict[str, Tensor]:
     return {flat_name(name): tensor for name, tensor in drafter.state_dict().items()}
 
 
-def build(config: DrafterConfig, embedding_VD: Tensor, head_VD: Tensor, *, markov_top_k: int = 0) -> DrafterModule:
-    """An untrained drafter around the target's embedding and LM head, whose tensors are shared and frozen."""
-    embed_tokens = nn.Embedding.from_pretrained(embedding_VD, freeze=True)
+def head_of(head_VD: Tensor) -> nn.Linear:
+    """A frozen LM head around a weight that is shared, not copied."""
     with torch.device("meta"):
-        lm_head = nn.Linear(head_VD.shape[1], head_VD.shape[0], bias=False)
-    lm_head.weight = nn.Parameter(head_VD, requires_grad=False)
+        head = nn.Linear(head_VD.shape[1], head_VD.shape[0], bias=False)
+    head.weight = nn.Parameter(head_VD, requires_grad=False)
+    return head
+
+
+def build(config: DrafterConfig, embedding_VD: Tensor, lm_head: nn.Module, *, markov_top_k: int = 0) -> DrafterModule:
+    """An untrained drafter around the target's embedding and LM head, which are shared and frozen."""
+    embed_tokens = nn.Embedding.from_pretrained(embedding_VD, freeze=True)
     if config.kind == "eagle3":
         return Eagle3(config.backbone, embed_tokens, lm_head, taps=config.taps, block_size=config.block_size)
     body = Body(
@@ -124,17 +131,18 @@ def load(
     config = resolve_confidence(config, tensors)
     if target is not None:
         check_fit(config, target, str(directory))
-        for name, whole in zip(FROZEN, (target.embedding_VD, target.head_VD), strict=True):
-            check_shape(name, tensors.pop(name, whole), whole, directory)
-        embedding_VD, head_VD = target.embedding_VD, target.head_VD
+        for name in FROZEN:
+            check_shape(name, tensors.pop(name, target.embedding_VD), target.embedding_VD, directory)
+        embedding_VD, head = target.embedding_VD, target.head
     else:
         missing = [name for name in FROZEN if name not in tensors]
         if missing:
             raise UserError(f"{directory} has no {missing[0]}; load the drafter beside its target")
         embedding_VD, head_VD = (tensors.pop(name).to(device=device, dtype=dtype) for name in FROZEN)
+        head = head_of(head_VD)
     with torch.device("meta"):
-        drafter = build(config, embedding_VD, head_VD, markov_top_k=markov_top_k)
-    fill(drafter, tensors, directory, dtype or head_VD.dtype, device or head_VD.device)
+        drafter = build(config, embedding_VD, head, markov_top_k=markov_top_k)
+    fill(drafter, tensors, directory, dtype or embedding_VD.dtype, device or embedding_VD.device)
     return drafter.eval(), config
 
 
@@ -142,7 +150,7 @@ def fill(
     drafter: nn.Module, tensors: Mapping[str, Tensor], directory: str | Path, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Give every trainable parameter its tensor. Raises UserError for a missing, surplus or wrongly shaped one."""
-    wanted = {name: tensor for name, tensor in drafter.state_dict().items() if flat_name(name) not in FROZEN}
+    wanted = {name: tensor for name, tensor in drafter.state_dict().items() if not flat_name(name).startswith(SHARED)}
     surplus = sorted(set(tensors) - {flat_name(name) for name in wanted})
     if surplus:
         raise UserError(
@@ -156,8 +164,8 @@ def fill(
         state[name] = tensors[flat_name(name)].to(dtype=dtype, device=device)
     drafter.load_state_dict(state, strict=False, assign=True)
     for module in drafter.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, buffer.to(device), persistent=False)
+        if isinstance(module, RotaryEmbedding):
+            module.to(device)
 
 
 def check_shape(name: str, tensor: Tensor, like: Tensor, directory: str | Path) -> None:

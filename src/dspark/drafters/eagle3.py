@@ -47,7 +47,7 @@ class Eagle3(nn.Module):
         self,
         config: BackboneConfig,
         embed_tokens: nn.Embedding,
-        lm_head: nn.Linear,
+        lm_head: nn.Module,
         *,
         taps: tuple[int, ...],
         block_size: int,

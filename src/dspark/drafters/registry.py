@@ -18,6 +18,7 @@ from dspark.drafters.ngram import NGram, NoDraft
 from dspark.drafters.vocab import TargetParts, check_tokenizers
 from dspark.models.loading import load_tokenizer
 from dspark.models.target import Target
+from dspark.ops.linear import pack_linears
 
 DRAFTERS = {
     "dspark": DSpark,
@@ -37,7 +38,7 @@ def load_drafter(
     not fit the target.
     """
     parts = TargetParts.of(target)
-    vocabulary = len(parts.head_VD)
+    vocabulary = len(parts.embedding_VD)
     if str(source) == "none":
         return NoDraft(vocabulary)
     if block_size is not None and block_size < 1:
@@ -61,7 +62,17 @@ def load_drafter(
                 f"pass --block-size {drafter.block_size} or less"
             )
         drafter.block_size = block_size
+    pack(drafter)
     return drafter
+
+
+def pack(drafter: DSpark | DFlash) -> None:
+    """Weights in the CPU kernel's layout, where there is one; a restricted head reads W2 by rows and keeps it plain."""
+    heads = [drafter.markov_head] if isinstance(drafter, DSpark) and drafter.markov_top_k else []
+    plain = [head.markov_w2 for head in heads]
+    pack_linears(drafter)
+    for head, weight in zip(heads, plain, strict=True):
+        head.markov_w2 = weight
 
 
 def load_draft_model(directory: Path, target: Target, parts: TargetParts, block_size: int) -> DraftModel:
@@ -70,7 +81,7 @@ def load_draft_model(directory: Path, target: Target, parts: TargetParts, block_
         check_tokenizers(load_tokenizer(directory), load_tokenizer(parts.name), str(directory))
     dtype = str(target.dtype).removeprefix("torch.")
     model = Target.load(directory, dtype=dtype, device=str(target.device))
-    vocabulary = len(parts.head_VD)
+    vocabulary = len(parts.embedding_VD)
     if not has_tokenizer(directory) and model.vocab_size != vocabulary:
         raise UserError(
             f"{directory} has a vocabulary of {model.vocab_size}, the target {parts.name} has {vocabulary}; "

@@ -27,18 +27,18 @@ class TargetParts:
     """What a drafter borrows from its target: the frozen embedding and LM head, and the numbers it must fit."""
 
     embedding_VD: Tensor
-    head_VD: Tensor
+    head: nn.Module  # [..., D] -> [..., V]; a linear map, its weights maybe packed for a kernel
     layers: int
     name: str
 
     @classmethod
     def of(cls, target: nn.Module | HasModel) -> TargetParts:
-        """Parts of a causal LM or of a Target. The tensors are the model's own, not copies."""
+        """Parts of a causal LM or of a Target: the model's own, not copies."""
         model: Any = target if isinstance(target, nn.Module) else target.model
         decoder: Any = decoder_of(model)
         return cls(
             embedding_VD=model.get_input_embeddings().weight,
-            head_VD=model.get_output_embeddings().weight,
+            head=model.get_output_embeddings(),
             layers=len(decoder.layers),
             name=str(getattr(model.config, "name_or_path", "") or type(model).__name__),
         )

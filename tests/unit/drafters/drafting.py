@@ -5,7 +5,7 @@ from torch.nn.functional import one_hot
 from transformers import Qwen3Config
 
 from dspark.drafters.base import DraftContext
-from dspark.drafters.checkpoint import build
+from dspark.drafters.checkpoint import build, head_of
 from dspark.drafters.config import parse
 from dspark.models.batch import Ragged
 
@@ -62,7 +62,7 @@ def random_drafter(seed=0, **changes):
     torch.manual_seed(seed)
     config = parse(drafter_fields(**changes), "config.json")
     embedding_VD, head_VD = torch.randn(VOCABULARY, HIDDEN), torch.randn(VOCABULARY, HIDDEN)
-    drafter = build(config, embedding_VD, head_VD).eval()
+    drafter = build(config, embedding_VD, head_of(head_VD)).eval()
     for parameter in drafter.parameters():
         if parameter.requires_grad and parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
