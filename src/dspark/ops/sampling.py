@@ -17,6 +17,7 @@ from dspark.common.sampling_params import SamplingParams
 from dspark.ops.history import History
 
 Bias = tuple[Tensor, Tensor, Tensor]  # rows, tokens (int64) and values (float64) of the biased logits
+_NO_TOP_K, _NO_TOP_P = float(1 << 40), 2.0  # above any vocabulary; above any rounded cumulative sum
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,14 @@ class Shaping:
     @classmethod
     def of(cls, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> Shaping:
         """One row per element of `params`."""
-        cold = [p.temperature == 0 for p in params]
-        greedy = all(cold)
+        live = [p for p in params if p.temperature]  # truncation changes nothing at temperature 0
         knobs_BP = [
             (
                 p.temperature or 1.0,
                 float(p.temperature == 0),
-                p.top_k or float(1 << 40),
-                p.top_p if p.top_p < 1 else 2.0,  # a rounded cumulative sum may pass 1, never 2
-                p.min_p,
+                p.top_k if p.top_k and p.temperature else _NO_TOP_K,
+                p.top_p if p.top_p < 1 and p.temperature else _NO_TOP_P,
+                p.min_p if p.temperature else 0.0,
                 p.repetition_penalty,
                 p.presence_penalty,
                 p.frequency_penalty,
@@ -56,12 +56,12 @@ class Shaping:
             params=tuple(params),
             knobs_PB1=torch.tensor(knobs_BP, dtype=torch.float64).T.unsqueeze(2).contiguous().to(device),
             bias=_bias(params, device),
-            greedy=greedy,
-            mixed=any(cold) and not greedy,
-            tempered=any(p.temperature not in (0, 1) for p in params),
-            top_k=not greedy and any(p.top_k for p in params),
-            top_p=not greedy and any(p.top_p < 1 for p in params),
-            min_p=not greedy and any(p.min_p for p in params),
+            greedy=not live,
+            mixed=0 < len(live) < len(params),
+            tempered=any(p.temperature != 1 for p in live),
+            top_k=any(p.top_k for p in live),
+            top_p=any(p.top_p < 1 for p in live),
+            min_p=any(p.min_p for p in live),
             penalized=any(p.penalized for p in params),
         )
 
@@ -124,30 +124,47 @@ def _penalize(x_BV: Tensor, knobs_PB1: Tensor, history: History) -> Tensor:
 
 def _truncate(p_BV: Tensor, shaping: Shaping) -> Tensor:
     """Drop every token less likely than the row's threshold and renormalise."""
-    _, _, top_k_B1, top_p_B1, min_p_B1, *_ = shaping.knobs_PB1
     thresholds = []
     if shaping.min_p:
-        thresholds.append(p_BV.amax(-1, keepdim=True) * min_p_B1.to(p_BV.dtype))
+        thresholds.append(p_BV.amax(-1, keepdim=True) * shaping.knobs_PB1[4].to(p_BV.dtype))
     if shaping.top_k or shaping.top_p:
-        thresholds.append(_sorted_threshold(p_BV, shaping, top_k_B1, top_p_B1))
+        thresholds.append(_nucleus_threshold(p_BV, shaping))
     threshold_B1 = functools.reduce(torch.maximum, thresholds)
     kept_BV = p_BV * (p_BV >= threshold_B1)
-    return kept_BV / kept_BV.sum(-1, keepdim=True)
+    mass_B1 = kept_BV.sum(-1, keepdim=True)
+    return kept_BV / torch.where(threshold_B1 > 0, mass_B1, 1.0)  # a row that keeps all stays as it was, to the bit
 
 
-def _sorted_threshold(p_BV: Tensor, shaping: Shaping, top_k_B1: Tensor, top_p_B1: Tensor) -> Tensor:
-    """The probability of the last token that top-k, then top-p on what top-k left, would keep."""
-    width = p_BV.shape[-1]
-    if all(p.top_k and p.temperature for p in shaping.params):  # then no row looks further than its k
-        width = min(width, max(p.top_k for p in shaping.params))
-    falling_BW = p_BV.topk(width, -1).values if width < p_BV.shape[-1] else p_BV.sort(-1, descending=True).values
-    last_B1 = (top_k_B1.clamp(max=width) - 1).long()
+def _nucleus_threshold(p_BV: Tensor, shaping: Shaping) -> Tensor:
+    """The probability of the last token that top-k, then top-p on what top-k left, would keep; 0 keeps all."""
+    top_k_B1, top_p_B1 = shaping.knobs_PB1[2:4]
+    falling_BW = _largest(p_BV, shaping)
+    last_B1 = (top_k_B1.clamp(max=falling_BW.shape[1]) - 1).long()
+    k_threshold_B1 = falling_BW.gather(1, last_B1) * (top_k_B1 <= p_BV.shape[1])
     if not shaping.top_p:
-        return falling_BW.gather(1, last_B1)
-    in_k_BV = p_BV * (p_BV >= falling_BW.gather(1, last_B1))  # not the prefix of falling_BW: ties are kept too
+        return k_threshold_B1
+    mass_B1 = (p_BV * (p_BV >= k_threshold_B1)).sum(-1, keepdim=True, dtype=torch.float64)
     before_BW = falling_BW.cumsum(-1, dtype=torch.float64) - falling_BW
-    kept_B1 = (before_BW < in_k_BV.sum(-1, keepdim=True) * top_p_B1).sum(-1, keepdim=True)
-    return falling_BW.gather(1, torch.minimum(kept_B1.clamp(min=1) - 1, last_B1))
+    kept_B1 = (before_BW < mass_B1 * top_p_B1).sum(-1, keepdim=True)
+    p_threshold_B1 = falling_BW.gather(1, kept_B1.clamp(min=1) - 1) * (top_p_B1 <= 1)
+    return torch.maximum(k_threshold_B1, p_threshold_B1)
+
+
+def _largest(p_BV: Tensor, shaping: Shaping) -> Tensor:
+    """Each row's largest probabilities in falling order, as many as its top-k and top-p can need, [B, W]."""
+    vocabulary, live = p_BV.shape[1], [p for p in shaping.params if p.temperature]
+    width = max(p.top_k for p in live)
+    if all(p.top_k or p.top_p == 1 for p in live):
+        return p_BV.topk(min(width, vocabulary), -1).values
+    if p_BV.device.type == "cpu":  # a full sort costs 40 times as much there; elsewhere looking would cost a wait
+        top_k_B1, top_p_B1 = shaping.knobs_PB1[2:4]
+        for attempt in (max(128, width), max(1024, width)):
+            if attempt * 8 <= vocabulary:  # wider ones cost as much as sorting
+                falling_BW = p_BV.topk(attempt, -1).values
+                reached_B1 = falling_BW.sum(-1, keepdim=True, dtype=torch.float64) >= top_p_B1 * (1 + 1e-5)
+                if bool((reached_B1 | (top_p_B1 > 1) | (top_k_B1 <= vocabulary)).all()):
+                    return falling_BW
+    return p_BV.sort(-1, descending=True).values
 
 
 def draw(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:

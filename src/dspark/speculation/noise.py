@@ -32,6 +32,7 @@ class RoundNoise:
     coupled: Sequence[int]  # the requests under the coupled rule whose law is not a one-hot
     seeds: Sequence[int]
     positions: Sequence[int]  # output position (0 for the first generated token) that each request's row 0 decides
+    still: bool = False  # every request is at temperature 0: no number here can matter
     _exponential_CKV: Tensor | None = field(default=None, repr=False)
 
     @classmethod
@@ -58,14 +59,25 @@ class RoundNoise:
             uniforms = torch.from_numpy(_uniforms(seeds, counters, slots)).to(device)
         loud = [r for r in range(requests) if coupled[r] and not greedy[r]]
         final_R = uniforms[:, 2 * slots]
-        return cls(uniforms[:, :slots], uniforms[:, slots : 2 * slots], final_R, loud, seeds, positions)
+        draft_RK, accept_RK = uniforms[:, :slots], uniforms[:, slots : 2 * slots]
+        return cls(draft_RK, accept_RK, final_R, loud, seeds, positions, still=all(greedy))
 
     def select(self, rows: Sequence[int]) -> RoundNoise:
         """The noise of some requests only, in the order given: for a draft that leaves requests out."""
         index = torch.tensor(rows, dtype=torch.int64, device=self.final_R.device)
-        coupled = [i for i, r in enumerate(rows) if r in set(self.coupled)]
-        seeds, positions = [self.seeds[r] for r in rows], [self.positions[r] for r in rows]
-        return RoundNoise(self.draft_RK[index], self.accept_RK[index], self.final_R[index], coupled, seeds, positions)
+        row_of = {r: i for i, r in enumerate(self.coupled)}
+        kept = [r for r in rows if r in row_of]
+        made = self._exponential_CKV
+        return RoundNoise(
+            self.draft_RK[index],
+            self.accept_RK[index],
+            self.final_R[index],
+            [i for i, r in enumerate(rows) if r in row_of],
+            [self.seeds[r] for r in rows],
+            [self.positions[r] for r in rows],
+            still=self.still,
+            _exponential_CKV=made if made is None else made[[row_of[r] for r in kept]],
+        )
 
     def exponential(self, vocabulary: int) -> Tensor:
         """The coupled requests' exponentials [C, K+1, V]: slot k belongs to output position + k. Made once."""
@@ -84,6 +96,8 @@ class RoundNoise:
     def pick(self, probability_RV: Tensor, slot: int) -> Tensor:
         """One draft token per request for `slot`, each by its own rule: int64 [R]."""
         requests, vocabulary = probability_RV.shape
+        if self.still:
+            return probability_RV.argmax(-1)  # what `draw` finds in a one-hot, in half the time
         if len(self.coupled) == requests:
             return race(probability_RV, self.exponential(vocabulary)[:, slot])
         token_R = draw(probability_RV, self.draft_RK[:, slot])

@@ -35,62 +35,65 @@ def verify(draft: Draft | None, plan: Sequence[int], target_BV: Tensor, noise: R
     argmax(log p + g) at every position for as long as the draft agrees. The host reads from the device once.
     Raises FloatingPointError if a law that is drawn from is not made of numbers.
     """
-    plan, vocabulary = list(plan), target_BV.shape[1]
+    plan, longest = list(plan), max(plan)
     start = row_starts([1 + length for length in plan])
     assert len(target_BV) == sum(plan) + len(plan), "the target's rows must be 1 + plan per request"
-    longest = max(plan)
     start_R = torch.tensor(start, device=target_BV.device)
     choice_B = _coupled_choices(target_BV, plan, start, noise)
     if longest == 0:
-        accepted_R, law_RV, columns = None, target_BV, []
+        last_R, columns = start_R, []
     else:
         assert draft is not None, "a plan above 0 needs a draft"
-        plan_R = torch.tensor(plan, device=target_BV.device)
         token_RL = draft.token_RK[:, :longest]
-        accept_RL = _accepted_slots(draft, token_RL, plan_R, start_R, target_BV, choice_B, noise)
-        accepted_R = accept_RL.cumprod(1).sum(1)
-        law_RV = _final_law(draft, accepted_R, plan_R, start_R, target_BV)
-        columns = [token_RL, accepted_R.unsqueeze(1)]
-    final_R = draw(law_RV, noise.final_R)
-    if choice_B is not None:
-        row_R = start_R if accepted_R is None else start_R + accepted_R
-        chosen_R = choice_B[row_R]
-        final_R = torch.where(chosen_R >= 0, chosen_R, final_R)
+        accepted_R = _accepted(draft, token_RL, plan, start, target_BV, choice_B, noise)
+        last_R, columns = start_R + accepted_R, [token_RL, accepted_R.unsqueeze(1)]
+    if choice_B is not None and len(noise.coupled) == len(plan):
+        final_R = choice_B[last_R]
+    else:
+        law_RV = target_BV[last_R]
+        if draft is not None and longest:
+            law_RV = _after_rejection(law_RV, draft, accepted_R, plan)
+        final_R = draw(law_RV, noise.final_R)
+        if choice_B is not None:
+            final_R = torch.where(choice_B[last_R] >= 0, choice_B[last_R], final_R)
     table = torch.cat([*columns, final_R.unsqueeze(1)], 1).tolist()  # the one host read
-    accepted = [row[-2] for row in table] if longest else [0] * len(plan)
-    if any(row[-1] >= vocabulary for row in table):
+    if any(row[-1] >= target_BV.shape[1] for row in table):
         raise FloatingPointError("the target's probabilities are not numbers; run the target in float32 or bfloat16")
+    accepted = [row[-2] for row in table] if longest else [0] * len(plan)
     return Verdict(accepted, [[*row[:n], row[-1]] for row, n in zip(table, accepted, strict=True)], plan)
 
 
-def _accepted_slots(
+def _accepted(
     draft: Draft,
     token_RL: Tensor,
-    plan_R: Tensor,
-    start_R: Tensor,
+    plan: list[int],
+    start: list[int],
     target_BV: Tensor,
     choice_B: Tensor | None,
     noise: RoundNoise,
 ) -> Tensor:
-    """Whether each drafted token passes, on its own, bool [R, L]; slots past the plan do not."""
-    longest = token_RL.shape[1]
-    slot_L = torch.arange(longest, device=token_RL.device)
-    in_plan_RL = slot_L < plan_R.unsqueeze(1)
-    row_RL = (start_R.unsqueeze(1) + slot_L).clamp(max=len(target_BV) - 1)
-    p_RL = target_BV[row_RL, token_RL]
-    q_RL = draft.probability_RKV[:, :longest].gather(2, token_RL.unsqueeze(2)).squeeze(2)
-    accept_RL = accepts(p_RL, q_RL, noise.accept_RK[:, :longest])
-    if choice_B is not None:
-        chosen_RL = choice_B[row_RL]
-        accept_RL = torch.where(chosen_RL >= 0, chosen_RL == token_RL, accept_RL)
-    return accept_RL & in_plan_RL
+    """How many drafted tokens of each request pass before the first that does not, int64 [R]."""
+    longest, device = token_RL.shape[1], token_RL.device
+    row_RL = torch.tensor([[s + min(k, n) for k in range(longest)] for s, n in zip(start, plan, strict=True)])
+    row_RL = row_RL.to(device)
+    if choice_B is not None and len(noise.coupled) == len(plan):
+        accept_RL = choice_B[row_RL] == token_RL
+    else:
+        p_RL = target_BV[row_RL, token_RL]
+        q_RL = draft.probability_RKV[:, :longest].gather(2, token_RL.unsqueeze(2)).squeeze(2)
+        accept_RL = accepts(p_RL, q_RL, noise.accept_RK[:, :longest])
+        if choice_B is not None:
+            chosen_RL = choice_B[row_RL]
+            accept_RL = torch.where(chosen_RL >= 0, chosen_RL == token_RL, accept_RL)
+    if min(plan) < longest:
+        accept_RL = accept_RL & torch.tensor([[k < n for k in range(longest)] for n in plan]).to(device)
+    return accept_RL.cumprod(1).sum(1)
 
 
-def _final_law(draft: Draft, accepted_R: Tensor, plan_R: Tensor, start_R: Tensor, target_BV: Tensor) -> Tensor:
+def _after_rejection(p_RV: Tensor, draft: Draft, accepted_R: Tensor, plan: list[int]) -> Tensor:
     """The rejection rule's law of the last committed token: the residual, or p itself after a full acceptance."""
-    p_RV = target_BV[start_R + accepted_R]
-    slot_R = accepted_R.clamp(max=draft.probability_RKV.shape[1] - 1)
-    q_RV = draft.probability_RKV[torch.arange(len(slot_R), device=slot_R.device), slot_R]
+    plan_R, request_R = torch.tensor([plan, range(len(plan))], device=p_RV.device)
+    q_RV = draft.probability_RKV[request_R, accepted_R.clamp(max=draft.probability_RKV.shape[1] - 1)]
     return residual(p_RV, q_RV * (accepted_R < plan_R).unsqueeze(1))
 
 
