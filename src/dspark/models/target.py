@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from dspark.common.errors import UserError
 from dspark.models.batch import Ragged
+from dspark.models.compiled import SwappableGraph
 from dspark.models.loading import load_causal_lm
 from dspark.models.pages import KVPool
 from dspark.models.taps import check_taps, decoder_of, tapping
@@ -105,6 +106,7 @@ class Target:
         refuse_unpaged_layers(self.config)
         pack_linears(model)
         self.kv_shapes, self.source_of_layer = self._probe()
+        self._graphs: dict[tuple[tuple[int, ...], int], SwappableGraph] = {}
 
     @staticmethod
     def load(
@@ -134,16 +136,23 @@ class Target:
         self, batch: Ragged, pool: KVPool, rows_B: Tensor, taps: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor | None]:
         """Run T tokens, store their keys and values, return (logits_BV of the wanted rows, taps_TkD or None)."""
-        check_taps(taps, self.layer_count)
-        with tapping(self.model, taps) as seen:
-            logits_1BV = self.model(
-                input_ids=batch.token_T[None],
-                position_ids=batch.position_T[None],
-                use_cache=False,
-                logits_to_keep=rows_B,
-                paged=Paged(batch, pool, self.source_of_layer),
-            ).logits
-        return logits_1BV[0], torch.cat([seen[tap][0] for tap in taps], dim=-1) if taps else None
+        outputs = self._graph(tuple(taps), pool.page_size)(*flatten(batch, rows_B, pool))
+        return outputs[0], outputs[1] if taps else None
+
+    def compile(self, taps: Sequence[int], page_size: int) -> SwappableGraph:
+        """Start compiling the forward with these taps, or load it from the cache; `forward` uses it once it is ready."""
+        graph = self._graph(tuple(taps), page_size)
+        if self.device.type == "cpu":
+            graph.prepare(example_inputs(self.allocate(8, page_size)))
+        return graph
+
+    def _graph(self, taps: tuple[int, ...], page_size: int) -> SwappableGraph:
+        if (taps, page_size) not in self._graphs:
+            check_taps(taps, self.layer_count)
+            forward = RaggedForward(self.model, taps, self.source_of_layer, page_size)
+            identity = f"{self.config.to_json_string(use_diff=False)} {self.dtype} {taps} {page_size}"
+            self._graphs[taps, page_size] = SwappableGraph(forward, identity)
+        return self._graphs[taps, page_size]
 
     @torch.inference_mode()
     def _probe(self) -> tuple[list[tuple[int, int, int]], list[int]]:
@@ -178,6 +187,62 @@ class Target:
                 last_of_type[types[layer]] = layer
                 sources.append(layer)
         return sources
+
+
+class RaggedForward(nn.Module):
+    """The whole forward as a function of flat tensors: (six of `Ragged`, wanted rows, keys…, values…) → logits, taps."""
+
+    def __init__(self, model: nn.Module, taps: tuple[int, ...], source_of_layer: Sequence[int], page_size: int):
+        super().__init__()
+        self.model, self.taps, self.source_of_layer, self.page_size = model, taps, source_of_layer, page_size
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """(logits_BV,) or (logits_BV, taps_TkD)."""
+        batch, rows_B, pools = Ragged(*tensors[:6]), tensors[6], tensors[7:]
+        half = len(pools) // 2
+        pool = KVPool(list(pools[:half]), list(pools[half:]), pools[0].shape[0] // self.page_size, self.page_size)
+        with tapping(self.model, self.taps) as seen:
+            logits_1BV = self.model(
+                input_ids=batch.token_T[None],
+                position_ids=batch.position_T[None],
+                use_cache=False,
+                logits_to_keep=rows_B,
+                paged=Paged(batch, pool, self.source_of_layer),
+            ).logits
+        if not self.taps:
+            return (logits_1BV[0],)
+        return logits_1BV[0], torch.cat([seen[tap][0] for tap in self.taps], dim=-1)
+
+
+def flatten(batch: Ragged, rows_B: Tensor, pool: KVPool) -> tuple[Tensor, ...]:
+    """The arguments of `RaggedForward`, in order."""
+    return (
+        batch.token_T,
+        batch.position_T,
+        batch.slot_T,
+        batch.page_table_RP,
+        batch.cu_query_R1,
+        batch.context_R,
+        rows_B,
+        *pool.keys,
+        *pool.values,
+    )
+
+
+def example_inputs(pool: KVPool) -> tuple[Tensor, ...]:
+    """Two sequences of three tokens: what a graph is traced and checked with."""
+    position_T = torch.tensor([0, 1, 2, 0, 1, 2])
+    table_RP = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32)
+    slot_T = table_RP.repeat_interleave(3, dim=0)[torch.arange(6), position_T // pool.page_size] * pool.page_size
+    batch = Ragged(
+        torch.arange(6),
+        position_T,
+        slot_T + position_T % pool.page_size,
+        table_RP,
+        torch.tensor([0, 3, 6], dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int32),
+    )
+    return flatten(batch, torch.tensor([1, 2, 5]), pool)
 
 
 def refuse_unpaged_layers(config: PreTrainedConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import logging
@@ -46,7 +47,7 @@ def load_kernels() -> bool:
     try:
         if not library.is_file():
             _build(compiler, library)
-        torch.ops.load_library(str(library))
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # global: compiled graphs call the C functions in it
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         log.warning("CPU kernels could not be built, falling back to torch: %s", detail.strip().splitlines()[:1])

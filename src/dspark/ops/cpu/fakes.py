@@ -5,8 +5,18 @@ from torch import Tensor
 
 
 @torch.library.register_fake("dspark::linear")
-def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
+def _linear(x: Tensor, w: Tensor, b: Tensor | None, n: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("dspark::linear2")
+def _linear2(x: Tensor, w0: Tensor, b0: Tensor | None, n0: int, *rest: object) -> tuple[Tensor, ...]:
+    return x.new_empty((*x.shape[:-1], n0)), x.new_empty((*x.shape[:-1], rest[2]))
+
+
+@torch.library.register_fake("dspark::linear3")
+def _linear3(x: Tensor, w0: Tensor, b0: Tensor | None, n0: int, *rest: object) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty((*x.shape[:-1], n)) for n in (n0, rest[2], rest[5]))
 
 
 @torch.library.register_fake("dspark::store")

@@ -7,6 +7,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/library.h>
 
 #include <omp.h>
@@ -26,6 +27,7 @@ namespace {
 using at::Tensor;
 constexpr int64_t LANES = 16;
 constexpr int64_t ROWS = 8;  // rows that share one pass over a weight tile
+constexpr int64_t TOGETHER = 4;  // independent sums in flight in attention
 constexpr int64_t PREFETCH = 1024;  // bytes ahead: keeps memory busy while 8 rows compute
 typedef float Vec __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t Bits __attribute__((vector_size(64), aligned(4)));
@@ -115,43 +117,80 @@ void rows(int64_t M, const Scalar* x, const Scalar* w, const float* b, Scalar* o
   }
 }
 
+struct Product {
+  const void* weight;
+  Tensor bias;
+  Tensor out;
+  int64_t n;
+};
+
+// Several products of the same rows in one parallel region: the tiles of all of them are dealt out together.
 template <typename Scalar>
-void linear_into(const Scalar* x, const Scalar* w, const float* bias, Scalar* out, int64_t T, int64_t K, int64_t N) {
-  const int64_t tiles = (N + LANES - 1) / LANES;
+void products_into(const Tensor& rows_x, std::vector<Product>& products, int64_t T, int64_t K) {
+  const Scalar* x = rows_x.const_data_ptr<Scalar>();
+  int64_t tiles = 0, outputs = 0;
+  for (const Product& p : products) tiles += (p.n + LANES - 1) / LANES, outputs += p.n;
   const int threads = at::get_num_threads();
-  const bool split = threads > 1 && tiles > 1 && N * K >= 16384;
-#pragma omp parallel num_threads(threads) if (split)
+#pragma omp parallel num_threads(threads) if (threads > 1 && tiles > 1 && outputs * K >= 16384)
   {
     const int64_t id = omp_get_thread_num(), of = omp_get_num_threads();
-    const int64_t end = tiles * (id + 1) / of;
-    for (int64_t tile = tiles * id / of; tile < end;) {
-      const int64_t step = std::min<int64_t>(3, end - tile);
-      for (int64_t t = 0; t < T; t += ROWS) {
-        const int64_t M = std::min(ROWS, T - t);
-        if (step == 3) rows<Scalar, 3>(M, x + t * K, w, bias, out + t * N, K, N, tile);
-        else if (step == 2) rows<Scalar, 2>(M, x + t * K, w, bias, out + t * N, K, N, tile);
-        else rows<Scalar, 1>(M, x + t * K, w, bias, out + t * N, K, N, tile);
+    int64_t offset = 0;
+    for (Product& p : products) {
+      const int64_t own = (p.n + LANES - 1) / LANES;
+      const int64_t begin = std::clamp<int64_t>(tiles * id / of - offset, 0, own);
+      const int64_t end = std::clamp<int64_t>(tiles * (id + 1) / of - offset, 0, own);
+      offset += own;
+      const Scalar* w = static_cast<const Scalar*>(p.weight);
+      const float* b = p.bias.defined() ? p.bias.const_data_ptr<float>() : nullptr;
+      Scalar* out = p.out.data_ptr<Scalar>();
+      for (int64_t tile = begin; tile < end;) {
+        const int64_t step = std::min<int64_t>(3, end - tile);
+        for (int64_t t = 0; t < T; t += ROWS) {
+          const int64_t M = std::min(ROWS, T - t);
+          if (step == 3) rows<Scalar, 3>(M, x + t * K, w, b, out + t * p.n, K, p.n, tile);
+          else if (step == 2) rows<Scalar, 2>(M, x + t * K, w, b, out + t * p.n, K, p.n, tile);
+          else rows<Scalar, 1>(M, x + t * K, w, b, out + t * p.n, K, p.n, tile);
+        }
+        tile += step;
       }
-      tile += step;
     }
   }
 }
 
-Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N) {
-  const int64_t K = x.size(-1);
-  const Tensor rows_x = x.contiguous();
+Product prepare(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t n) {
   auto shape = x.sizes().vec();
-  shape.back() = N;
-  Tensor out = at::empty(shape, x.options());
-  const Tensor wide = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-  const float* b = bias ? wide.const_data_ptr<float>() : nullptr;
-  const int64_t T = x.numel() / K;
-  if (x.scalar_type() == at::kFloat)
-    linear_into(rows_x.const_data_ptr<float>(), packed.const_data_ptr<float>(), b, out.data_ptr<float>(), T, K, N);
-  else
-    linear_into(rows_x.const_data_ptr<at::BFloat16>(), packed.const_data_ptr<at::BFloat16>(), b,
-                out.data_ptr<at::BFloat16>(), T, K, N);
-  return out;
+  shape.back() = n;
+  return {packed.const_data_ptr(), bias ? bias->to(at::kFloat).contiguous() : Tensor(), at::empty(shape, x.options()), n};
+}
+
+void run(const Tensor& x, std::vector<Product>& products) {
+  const int64_t K = x.size(-1), T = x.numel() / K;
+  const Tensor rows_x = x.contiguous();
+  if (x.scalar_type() == at::kFloat) products_into<float>(rows_x, products, T, K);
+  else products_into<at::BFloat16>(rows_x, products, T, K);
+}
+
+using Bias = std::optional<Tensor>;
+
+Tensor linear(const Tensor& x, const Tensor& w, const Bias& b, int64_t n) {
+  std::vector<Product> products{prepare(x, w, b, n)};
+  run(x, products);
+  return products[0].out;
+}
+
+std::tuple<Tensor, Tensor> linear2(const Tensor& x, const Tensor& w0, const Bias& b0, int64_t n0, const Tensor& w1,
+                                   const Bias& b1, int64_t n1) {
+  std::vector<Product> products{prepare(x, w0, b0, n0), prepare(x, w1, b1, n1)};
+  run(x, products);
+  return {products[0].out, products[1].out};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear3(const Tensor& x, const Tensor& w0, const Bias& b0, int64_t n0,
+                                           const Tensor& w1, const Bias& b1, int64_t n1, const Tensor& w2,
+                                           const Bias& b2, int64_t n2) {
+  std::vector<Product> products{prepare(x, w0, b0, n0), prepare(x, w1, b1, n1), prepare(x, w2, b2, n2)};
+  run(x, products);
+  return {products[0].out, products[1].out, products[2].out};
 }
 
 // ---- attention of ragged queries over pages ----------------------------------------------------------------------
@@ -177,88 +216,90 @@ inline Vec exponential(Vec x) {  // e^x for x <= 0, relative error about 1e-7
   return p * scale;
 }
 
-inline float sum(Vec v) {
-  float total = 0;
-  for (int i = 0; i < LANES; ++i) total += v[i];
-  return total;
-}
-
-inline float dot(const float* a, const float* b, int64_t size) {  // size is a multiple of 16, zero-padded
-  Vec acc = Vec{};
-  for (int64_t i = 0; i < size; i += LANES) acc += load(a + i) * load(b + i);
-  typedef float Half __attribute__((vector_size(32)));
-  Half h;
-  std::memcpy(&h, &acc, sizeof h);
-  Half g;
-  std::memcpy(&g, reinterpret_cast<const char*>(&acc) + sizeof h, sizeof g);
-  h += g;
-  return ((h[0] + h[4]) + (h[1] + h[5])) + ((h[2] + h[6]) + (h[3] + h[7]));
-}
-
 struct Shape {
   int64_t heads, groups, key_size, value_size, page_size, table_width, window;
   float scale, softcap;
   bool causal;
 };
 
-template <typename Scalar>
-void widen_row(const Scalar* from, float* to, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) to[i] = widen(from[i]);
-}
-
-// Queries [first, last) of one sequence against one key/value head.
+// Queries [first, last) of one sequence against one key/value head. Keys come in blocks of 16 at absolute multiples of
+// 16, transposed so that a lane is a key: every score and every sum has an order that only its own position decides.
 template <typename Scalar>
 void attend(const Scalar* q, const Scalar* k, const Scalar* v, const Scalar* pool_k, const Scalar* pool_v,
             const int32_t* table, Scalar* out, const Shape& s, int64_t start, int64_t own, int64_t context,
             int64_t group, int64_t first, int64_t last) {
   const int64_t per = s.heads / s.groups, rows = (last - first) * per, keys = context + own;
-  const int64_t dk = (s.key_size + LANES - 1) / LANES * LANES, dv = (s.value_size + LANES - 1) / LANES * LANES;
-  const int64_t width = (keys + LANES - 1) / LANES * LANES;
-  std::vector<float> query(rows * dk, 0.0f), score(rows * width, -INFINITY), row(std::max(dk, dv), 0.0f);
-  std::vector<float> total(rows, 0.0f), result(rows * dv, 0.0f);
+  const int64_t dk = s.key_size, dv = (s.value_size + LANES - 1) / LANES * LANES;
+  const int64_t oldest = s.window > 0 ? std::max<int64_t>(0, context + first - s.window + 1) : 0;
+  const int64_t newest = s.causal ? context + last : keys;
+  const int64_t from = oldest / LANES * LANES, width = (newest - from + LANES - 1) / LANES * LANES;
+  std::vector<float> query(rows * dk), score(rows * width), result(rows * dv, 0.0f), total(rows);
+  std::vector<float> block(LANES * std::max(dk, dv), 0.0f);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t token = start + first + i / per, head = group * per + i % per;
-    widen_row(q + (token * s.heads + head) * s.key_size, &query[i * dk], s.key_size);
-    for (int64_t j = 0; j < s.key_size; ++j) query[i * dk + j] *= s.scale;
+    const Scalar* row = q + (token * s.heads + head) * dk;
+    for (int64_t j = 0; j < dk; ++j) query[i * dk + j] = widen(row[j]) * s.scale;
   }
   auto at_key = [&](const Scalar* pool, const Scalar* fresh, int64_t key, int64_t size) {
     if (key >= context) return fresh + ((start + key - context) * s.groups + group) * size;
     const int64_t slot = int64_t(table[key / s.page_size]) * s.page_size + key % s.page_size;
     return pool + (slot * s.groups + group) * size;
   };
-  auto visible = [&](int64_t i, int64_t key) {
-    const int64_t position = context + first + i / per;
-    return !(s.causal && key > position) && !(s.window > 0 && key <= position - s.window);
-  };
-  const int64_t oldest = s.window > 0 ? std::max<int64_t>(0, context + first - s.window + 1) : 0;
-  const int64_t newest = s.causal ? context + last : keys;
-  for (int64_t key = oldest; key < newest; ++key) {
-    widen_row(at_key(pool_k, k, key, s.key_size), row.data(), s.key_size);
-    for (int64_t i = 0; i < rows; ++i) {
-      if (!visible(i, key)) continue;
-      const float raw = dot(&query[i * dk], row.data(), dk);
-      score[i * width + key] = s.softcap > 0 ? s.softcap * std::tanh(raw / s.softcap) : raw;
+  for (int64_t base = from; base < newest; base += LANES) {
+    const int64_t count = std::min(LANES, newest - base);
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const Scalar* row = at_key(pool_k, k, base + lane, dk);
+      for (int64_t j = 0; j < dk; ++j) block[j * LANES + lane] = widen(row[j]);
+    }
+    for (int64_t i = 0; i < rows; i += TOGETHER) {
+      Vec acc[TOGETHER] = {};
+      const float* together[TOGETHER];  // the last few rows may repeat: independent chains hide the latency
+      for (int64_t r = 0; r < TOGETHER; ++r) together[r] = &query[std::min(i + r, rows - 1) * dk];
+      for (int64_t j = 0; j < dk; ++j) {
+        const Vec lanes = load(&block[j * LANES]);
+        for (int64_t r = 0; r < TOGETHER; ++r) acc[r] += lanes * together[r][j];
+      }
+      for (int64_t r = 0; r < TOGETHER && i + r < rows; ++r) {
+        const int64_t position = context + first + (i + r) / per;
+        float* line = &score[(i + r) * width + base - from];
+        std::memcpy(line, &acc[r], sizeof acc[r]);
+        if (s.softcap > 0)
+          for (int64_t lane = 0; lane < LANES; ++lane) line[lane] = s.softcap * std::tanh(line[lane] / s.softcap);
+        const int64_t past = s.causal ? std::min(newest, position + 1) : newest;
+        for (int64_t key = std::max(base, past); key < base + LANES; ++key) line[key - base] = -INFINITY;
+        if (s.window > 0)
+          for (int64_t key = base; key < std::min(base + LANES, position - s.window + 1); ++key)
+            line[key - base] = -INFINITY;
+      }
     }
   }
   for (int64_t i = 0; i < rows; ++i) {
     float* line = &score[i * width];
-    const float peak = *std::max_element(line + oldest, line + newest);
+    const float peak = *std::max_element(line, line + width);
+    Vec sums = Vec{};
     for (int64_t key = 0; key < width; key += LANES) {
-      Vec weight = exponential(load(line + key) - peak);
-      weight = load(line + key) > Vec{} - INFINITY ? weight : Vec{};
+      const Vec raw = load(line + key), weight = raw > Vec{} - INFINITY ? exponential(raw - peak) : Vec{};
       std::memcpy(line + key, &weight, sizeof weight);
+      sums += weight;
     }
-    for (int64_t key = 0; key < width; key += LANES) total[i] += sum(load(line + key));
+    for (int64_t lane = 0; lane < LANES; ++lane) total[i] += sums[lane];
   }
-  std::fill(row.begin(), row.end(), 0.0f);
-  for (int64_t key = oldest; key < newest; ++key) {
-    widen_row(at_key(pool_v, v, key, s.value_size), row.data(), s.value_size);
+  std::fill(block.begin(), block.end(), 0.0f);
+  for (int64_t base = from; base < newest; base += LANES) {
+    const int64_t count = std::min(LANES, newest - base);
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const Scalar* row = at_key(pool_v, v, base + lane, s.value_size);
+      for (int64_t j = 0; j < s.value_size; ++j) block[lane * dv + j] = widen(row[j]);
+    }
     for (int64_t i = 0; i < rows; ++i) {
-      const float weight = score[i * width + key];
-      if (weight == 0.0f) continue;
-      for (int64_t j = 0; j < dv; j += LANES) {
-        const Vec sum_j = load(&result[i * dv + j]) + load(row.data() + j) * weight;
-        std::memcpy(&result[i * dv + j], &sum_j, sizeof sum_j);
+      const float* weight = &score[i * width + base - from];
+      for (int64_t j = 0; j < dv; j += TOGETHER * LANES) {
+        const int64_t parts = std::min(TOGETHER, (dv - j) / LANES);
+        Vec acc[TOGETHER] = {};
+        for (int64_t r = 0; r < parts; ++r) acc[r] = load(&result[i * dv + j + r * LANES]);
+        for (int64_t lane = 0; lane < count; ++lane)
+          for (int64_t r = 0; r < parts; ++r) acc[r] += load(&block[lane * dv + j + r * LANES]) * weight[lane];
+        for (int64_t r = 0; r < parts; ++r) std::memcpy(&result[i * dv + j + r * LANES], &acc[r], sizeof acc[r]);
       }
     }
   }
@@ -330,7 +371,11 @@ void store(const Tensor& k, const Tensor& v, Tensor pool_k, Tensor pool_v, const
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(dspark, library) {
-  library.def("linear(Tensor x, Tensor packed, Tensor? bias, SymInt n) -> Tensor");
+  library.def("linear(Tensor x, Tensor w, Tensor? b, int n) -> Tensor");
+  library.def("linear2(Tensor x, Tensor w0, Tensor? b0, int n0, Tensor w1, Tensor? b1, int n1) -> (Tensor, Tensor)");
+  library.def(
+      "linear3(Tensor x, Tensor w0, Tensor? b0, int n0, Tensor w1, Tensor? b1, int n1, Tensor w2, Tensor? b2, int n2) "
+      "-> (Tensor, Tensor, Tensor)");
   library.def("store(Tensor k, Tensor v, Tensor(a!) pool_k, Tensor(b!) pool_v, Tensor slots) -> ()");
   library.def(
       "ragged_attention(Tensor q, Tensor k, Tensor v, Tensor pool_k, Tensor pool_v, Tensor table, Tensor cu, "
@@ -339,6 +384,55 @@ TORCH_LIBRARY_FRAGMENT(dspark, library) {
 
 TORCH_LIBRARY_IMPL(dspark, CPU, library) {
   library.impl("linear", linear);
+  library.impl("linear2", linear2);
+  library.impl("linear3", linear3);
   library.impl("store", store);
   library.impl("ragged_attention", ragged_attention);
+}
+
+// ---- the same ops as plain C functions, which compiled graphs call without the dispatcher ---------------------------
+
+namespace {
+const Tensor& get(AtenTensorHandle handle) { return *torch::aot_inductor::tensor_handle_to_tensor_pointer(handle); }
+Bias maybe(AtenTensorHandle* handle) { return handle ? Bias(get(*handle)) : std::nullopt; }
+AtenTensorHandle give(Tensor&& tensor) { return torch::aot_inductor::new_tensor_handle(std::move(tensor)); }
+}  // namespace
+
+extern "C" {
+using H = AtenTensorHandle;
+
+AOTITorchError aoti_torch_cpu_linear(H x, H w, H* b, int64_t n, H* out) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({ *out = give(linear(get(x), get(w), maybe(b), n)); });
+}
+
+AOTITorchError aoti_torch_cpu_linear2(H x, H w0, H* b0, int64_t n0, H w1, H* b1, int64_t n1, H* out0, H* out1) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    auto [y0, y1] = linear2(get(x), get(w0), maybe(b0), n0, get(w1), maybe(b1), n1);
+    *out0 = give(std::move(y0));
+    *out1 = give(std::move(y1));
+  });
+}
+
+AOTITorchError aoti_torch_cpu_linear3(H x, H w0, H* b0, int64_t n0, H w1, H* b1, int64_t n1, H w2, H* b2, int64_t n2,
+                                      H* out0, H* out1, H* out2) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    auto [y0, y1, y2] = linear3(get(x), get(w0), maybe(b0), n0, get(w1), maybe(b1), n1, get(w2), maybe(b2), n2);
+    *out0 = give(std::move(y0));
+    *out1 = give(std::move(y1));
+    *out2 = give(std::move(y2));
+  });
+}
+
+AOTITorchError aoti_torch_cpu_store(H k, H v, H pool_k, H pool_v, H slots, H*) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({ store(get(k), get(v), get(pool_k), get(pool_v), get(slots)); });
+}
+
+AOTITorchError aoti_torch_cpu_ragged_attention(H q, H k, H v, H pool_k, H pool_v, H table, H cu, H context,
+                                               int64_t page_size, double scale, int32_t causal, int64_t window,
+                                               double softcap, H* out) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    *out = give(ragged_attention(get(q), get(k), get(v), get(pool_k), get(pool_v), get(table), get(cu), get(context),
+                                 page_size, scale, causal, window, softcap));
+  });
+}
 }
