@@ -56,7 +56,7 @@ class SwappableGraph:
     @torch.inference_mode(False)
     @torch.no_grad()
     def prepare(self, example: Sequence[Tensor]) -> None:
-        """Load the cached graph, or start compiling in the background. `example` has no dimension of size 1 that varies.
+        """Load the cached graph or compile in the background. `example` has no size 1 in a dimension that varies.
 
         A graph whose outputs on the example differ from the module's own is refused (status `failed`, eager goes on).
         """

@@ -140,7 +140,7 @@ class Target:
         return outputs[0], outputs[1] if taps else None
 
     def compile(self, taps: Sequence[int], page_size: int) -> SwappableGraph:
-        """Start compiling the forward with these taps, or load it from the cache; `forward` uses it once it is ready."""
+        """Compile the forward with these taps or load it from the cache; `forward` uses it once it is ready."""
         graph = self._graph(tuple(taps), page_size)
         if self.device.type == "cpu":
             graph.prepare(example_inputs(self.allocate(8, page_size)))
@@ -190,7 +190,7 @@ class Target:
 
 
 class RaggedForward(nn.Module):
-    """The whole forward as a function of flat tensors: (six of `Ragged`, wanted rows, keys…, values…) → logits, taps."""
+    """The forward as a function of flat tensors: (six of `Ragged`, wanted rows, keys…, values…) → logits, taps."""
 
     def __init__(self, model: nn.Module, taps: tuple[int, ...], source_of_layer: Sequence[int], page_size: int):
         super().__init__()

@@ -1,5 +1,7 @@
 """Output shapes of the CPU kernels, so that models that use them can be traced without running them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,12 +12,12 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None, n: int) -> Tensor:
 
 
 @torch.library.register_fake("dspark::linear2")
-def _linear2(x: Tensor, w0: Tensor, b0: Tensor | None, n0: int, *rest: object) -> tuple[Tensor, ...]:
+def _linear2(x: Tensor, w0: Tensor, b0: Tensor | None, n0: int, *rest: Any) -> tuple[Tensor, ...]:
     return x.new_empty((*x.shape[:-1], n0)), x.new_empty((*x.shape[:-1], rest[2]))
 
 
 @torch.library.register_fake("dspark::linear3")
-def _linear3(x: Tensor, w0: Tensor, b0: Tensor | None, n0: int, *rest: object) -> tuple[Tensor, ...]:
+def _linear3(x: Tensor, w0: Tensor, b0: Tensor | None, n0: int, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty((*x.shape[:-1], n)) for n in (n0, rest[2], rest[5]))
 
 
