@@ -5,7 +5,6 @@ B rows, V vocabulary. Every step works row by row, so a row's law does not depen
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -15,9 +14,10 @@ from torch import Tensor
 
 from dspark.common.sampling_params import SamplingParams
 from dspark.ops.history import History
+from dspark.ops.rows import argmax, largest, rising
 
 Bias = tuple[Tensor, Tensor, Tensor]  # rows, tokens (int64) and values (float64) of the biased logits
-_NO_TOP_K, _NO_TOP_P = float(1 << 40), 2.0  # above any vocabulary; above any rounded cumulative sum
+_NO_TOP_K, _NO_TOP_P = float(1 << 40), 0.0  # above any vocabulary; less than any mass
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def shape(logits_BV: Tensor, shaping: Shaping, history: History | None = None) -
     x_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
     if shaping.penalized:
         assert history is not None, "penalties need the token counts of each row"
-        x_BV = _penalize(x_BV, shaping.knobs_PB1[5:].to(x_BV.dtype), history)
+        x_BV = _penalize(x_BV, shaping, history)
     if shaping.bias is not None:
         rows, tokens, values = shaping.bias
         x_BV = x_BV.index_put((rows, tokens), values.to(x_BV.dtype), accumulate=True)
@@ -111,60 +111,48 @@ def shape(logits_BV: Tensor, shaping: Shaping, history: History | None = None) -
 
 
 def _one_hot(x_BV: Tensor) -> Tensor:
-    return torch.zeros_like(x_BV).scatter_(1, x_BV.argmax(-1, keepdim=True), 1.0)
+    return torch.zeros_like(x_BV).scatter_(1, argmax(x_BV).unsqueeze(1), 1.0)
 
 
-def _penalize(x_BV: Tensor, knobs_PB1: Tensor, history: History) -> Tensor:
-    repetition_B1, presence_B1, frequency_B1 = knobs_PB1
-    spoken_BV = history.output_BV > 0
-    repeated_BV = torch.where(x_BV > 0, x_BV / repetition_B1, x_BV * repetition_B1)
-    x_BV = torch.where(spoken_BV | history.prompt_BV, repeated_BV, x_BV)
-    return x_BV - history.output_BV * frequency_B1 - spoken_BV * presence_B1
+def _penalize(x_BV: Tensor, shaping: Shaping, history: History) -> Tensor:
+    repetition_B1, presence_B1, frequency_B1 = shaping.knobs_PB1[5:].to(x_BV.dtype)
+    if any(p.repetition_penalty != 1 for p in shaping.params):
+        repeated_BV = torch.where(x_BV > 0, x_BV / repetition_B1, x_BV * repetition_B1)
+        x_BV = torch.where((history.output_BV > 0) | history.prompt_BV, repeated_BV, x_BV)
+    if any(p.frequency_penalty for p in shaping.params):
+        x_BV = x_BV - history.output_BV * frequency_B1
+    if any(p.presence_penalty for p in shaping.params):
+        x_BV = x_BV - (history.output_BV > 0) * presence_B1
+    return x_BV
 
 
 def _truncate(p_BV: Tensor, shaping: Shaping) -> Tensor:
-    """Drop every token less likely than the row's threshold and renormalise."""
-    thresholds = []
+    """Top-k, then top-p on what that left, then min-p."""
+    top_k_B1, top_p_B1, min_p_B1 = shaping.knobs_PB1[2:5]
+    if shaping.top_k:
+        width = min(p_BV.shape[1], max(p.top_k for p in shaping.params if p.temperature))
+        index_B1 = width - top_k_B1.clamp(max=width).long()
+        p_BV = _keep(p_BV, largest(p_BV, width).gather(1, index_B1) * (top_k_B1 <= p_BV.shape[1]))
+    if shaping.top_p:
+        p_BV = _keep(p_BV, _nucleus_threshold(p_BV, top_p_B1))
     if shaping.min_p:
-        thresholds.append(p_BV.amax(-1, keepdim=True) * shaping.knobs_PB1[4].to(p_BV.dtype))
-    if shaping.top_k or shaping.top_p:
-        thresholds.append(_nucleus_threshold(p_BV, shaping))
-    threshold_B1 = functools.reduce(torch.maximum, thresholds)
+        p_BV = _keep(p_BV, p_BV.amax(-1, keepdim=True) * min_p_B1.to(p_BV.dtype))
+    return p_BV
+
+
+def _keep(p_BV: Tensor, threshold_B1: Tensor) -> Tensor:
+    """Drop every token less likely than the row's threshold and renormalise; to the bit unchanged at threshold 0."""
     kept_BV = p_BV * (p_BV >= threshold_B1)
-    mass_B1 = kept_BV.sum(-1, keepdim=True)
-    return kept_BV / torch.where(threshold_B1 > 0, mass_B1, 1.0)  # a row that keeps all stays as it was, to the bit
+    return kept_BV / torch.where(threshold_B1 > 0, kept_BV.sum(-1, keepdim=True), 1.0)
 
 
-def _nucleus_threshold(p_BV: Tensor, shaping: Shaping) -> Tensor:
-    """The probability of the last token that top-k, then top-p on what top-k left, would keep; 0 keeps all."""
-    top_k_B1, top_p_B1 = shaping.knobs_PB1[2:4]
-    falling_BW = _largest(p_BV, shaping)
-    last_B1 = (top_k_B1.clamp(max=falling_BW.shape[1]) - 1).long()
-    k_threshold_B1 = falling_BW.gather(1, last_B1) * (top_k_B1 <= p_BV.shape[1])
-    if not shaping.top_p:
-        return k_threshold_B1
-    mass_B1 = (p_BV * (p_BV >= k_threshold_B1)).sum(-1, keepdim=True, dtype=torch.float64)
-    before_BW = falling_BW.cumsum(-1, dtype=torch.float64) - falling_BW
-    kept_B1 = (before_BW < mass_B1 * top_p_B1).sum(-1, keepdim=True)
-    p_threshold_B1 = falling_BW.gather(1, kept_B1.clamp(min=1) - 1) * (top_p_B1 <= 1)
-    return torch.maximum(k_threshold_B1, p_threshold_B1)
-
-
-def _largest(p_BV: Tensor, shaping: Shaping) -> Tensor:
-    """Each row's largest probabilities in falling order, as many as its top-k and top-p can need, [B, W]."""
-    vocabulary, live = p_BV.shape[1], [p for p in shaping.params if p.temperature]
-    width = max(p.top_k for p in live)
-    if all(p.top_k or p.top_p == 1 for p in live):
-        return p_BV.topk(min(width, vocabulary), -1).values
-    if p_BV.device.type == "cpu":  # a full sort costs 40 times as much there; elsewhere looking would cost a wait
-        top_k_B1, top_p_B1 = shaping.knobs_PB1[2:4]
-        for attempt in (max(128, width), max(1024, width)):
-            if attempt * 8 <= vocabulary:  # wider ones cost as much as sorting
-                falling_BW = p_BV.topk(attempt, -1).values
-                reached_B1 = falling_BW.sum(-1, keepdim=True, dtype=torch.float64) >= top_p_B1 * (1 + 1e-5)
-                if bool((reached_B1 | (top_p_B1 > 1) | (top_k_B1 <= vocabulary)).all()):
-                    return falling_BW
-    return p_BV.sort(-1, descending=True).values
+def _nucleus_threshold(p_BV: Tensor, top_p_B1: Tensor) -> Tensor:
+    """The probability of the last of the fewest tokens whose mass reaches top-p, [B, 1]; 0 for rows without top-p."""
+    rising_BV = rising(p_BV)
+    mass_BV = rising_BV.cumsum(-1, dtype=torch.float64)
+    above_BV = mass_BV[:, -1:] - mass_BV
+    kept_B1 = (above_BV < top_p_B1).sum(-1, keepdim=True)
+    return rising_BV.gather(1, (p_BV.shape[1] - kept_B1).clamp_(max=p_BV.shape[1] - 1)) * (top_p_B1 > 0)
 
 
 def draw(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
@@ -180,7 +168,7 @@ def draw(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 def race(probability_BV: Tensor, exponential_BV: Tensor) -> Tensor:
     """argmax(log p + g) for the Gumbel noise g = -log e, as the winner of p / e: int64 [B], distributed as p."""
-    return (probability_BV / exponential_BV).argmax(-1)
+    return argmax(probability_BV / exponential_BV)
 
 
 def row_starts(rows: Sequence[int]) -> list[int]:

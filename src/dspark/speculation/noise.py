@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dspark.common.rng import ACCEPT, COUPLED, DRAFT, RESIDUAL, exponential_noise, uniform_array
+from dspark.ops.rows import argmax
 from dspark.ops.sampling import draw, race
 
 MAX_SLOTS = 1 << 12  # the slot's share of a counter
@@ -97,7 +98,7 @@ class RoundNoise:
         """One draft token per request for `slot`, each by its own rule: int64 [R]."""
         requests, vocabulary = probability_RV.shape
         if self.still:
-            return probability_RV.argmax(-1)  # what `draw` finds in a one-hot, in half the time
+            return argmax(probability_RV)  # what `draw` finds in a one-hot, in half the time
         if len(self.coupled) == requests:
             return race(probability_RV, self.exponential(vocabulary)[:, slot])
         token_R = draw(probability_RV, self.draft_RK[:, slot])
