@@ -32,8 +32,8 @@ class Objective:
     cross_entropy: Tensor
     l1: Tensor
     confidence: Tensor
-    acceptance_K: Tensor  # Σ over counted slots of Σ_v min(p, q)
-    counted_K: Tensor
+    acceptance_BAK: Tensor  # Σ_v min(p, q)
+    mask_BAK: Tensor
 
 
 def objective(
@@ -53,6 +53,6 @@ def objective(
         cross_entropy=cross_entropy.detach(),
         l1=l1.detach(),
         confidence=confidence.detach(),
-        acceptance_K=(losses.acceptance * mask_BAK).sum((0, 1)),
-        counted_K=mask_BAK.sum((0, 1)),
+        acceptance_BAK=losses.acceptance,
+        mask_BAK=mask_BAK,
     )

@@ -1,0 +1,145 @@
+"""What decides a training run: the fields of a recipe's YAML, checked name by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dspark.common.errors import UserError
+from dspark.training.objectives import Weights
+
+
+@dataclass(frozen=True)
+class DrafterShape:
+    """The drafter to train. What is not said here is the target's: hidden size, heads, MLP width, vocabulary."""
+
+    layers: int = 5
+    block_size: int = 7
+    taps: tuple[int, ...] = ()  # (): five, spread evenly as in DeepSpec
+    mask_token_id: int = -1  # −1: the last id of the vocabulary
+    markov_rank: int = 256  # 0 and no confidence head: DFlash
+    markov_head_type: str = "vanilla"
+    confidence_head: bool = True
+    intermediate_size: int = 0  # 0: the target's
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run. Paths are relative to where the command is run."""
+
+    target: str
+    train: str  # a directory in the format of dspark.training.data
+    held_out: str
+    drafter: DrafterShape = field(default_factory=DrafterShape)
+    init: str = ""  # a drafter's directory to start from, of the same shape
+    steps: int = 1000
+    batch: int = 16  # sequences in a step
+    micro_batch: int = 4  # sequences in one forward; on the CPU each of `threads` workers runs one at a time
+    length: int = 512  # tokens in a sequence, at most
+    anchors: int = 64  # blocks in a sequence
+    optimizer: str = "adamw"  # or muon
+    lr: float = 6e-4
+    muon_lr: float = 0.02  # of matrices, with optimizer: muon
+    weight_decay: float = 0.0
+    warmup: float = 0.04  # share of the steps
+    clip: float = 1.0
+    loss: Weights = field(default_factory=Weights)
+    precision: str = "float32"  # or bfloat16: autocast over float32 weights
+    device: str = "auto"
+    threads: int = 2
+    seed: int = 42
+    log_every: int = 10
+    save_every: int = 100
+    evaluate_every: int = 100
+    evaluate_sequences: int = 64
+    export_dtype: str = "bfloat16"
+    export_frozen: bool = True  # write the target's embedding and LM head beside the drafter's weights
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "batch", "micro_batch", "length", "anchors", "threads", "log_every", "save_every")
+        for name in (*positive, "evaluate_every", "evaluate_sequences"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if self.batch % self.micro_batch:
+            raise UserError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}; make it one")
+        if self.save_every % self.log_every:
+            raise UserError(f"save_every {self.save_every} is no multiple of log_every {self.log_every}; make it one")
+        if self.length < self.drafter.block_size + 1:
+            raise UserError(f"length {self.length} has no room for a block of {self.drafter.block_size}; lengthen it")
+        for name, choices in {"optimizer": ("adamw", "muon"), "precision": ("float32", "bfloat16")}.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} {getattr(self, name)!r} is not known; use {' or '.join(choices)}")
+
+
+SECTIONS: dict[str, type] = {"drafter": DrafterShape, "loss": Weights}
+CAN_CHANGE = ("target", "train", "held_out", "device", "threads", "log_every", "save_every", "evaluate_every")
+"""Fields a resumed run may give differently: they do not change what is learnt (paths may have moved)."""
+
+
+def build(kind: type, raw: Any, where: str) -> Any:
+    """A config from a mapping. Raises UserError for an unknown key, naming the nearest valid one."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if not isinstance(raw, dict):
+        raise UserError(f"{where} is {raw!r}; give a mapping with {', '.join(fields)}")
+    values = {}
+    for key, value in raw.items():
+        if key not in fields:
+            near = get_close_matches(str(key), fields, n=1, cutoff=0.0)[0]
+            raise UserError(f"{where}: unknown key {key!r}; did you mean {near!r}?")
+        values[key] = (
+            build(SECTIONS[key], value, f"{where}: {key}") if key in SECTIONS else typed(fields[key], value, where)
+        )
+    missing = [
+        f.name
+        for f in fields.values()
+        if f.default is f.default_factory is dataclasses.MISSING and f.name not in values
+    ]
+    if missing:
+        raise UserError(f"{where} lacks {missing[0]!r}; add it")
+    return kind(**values)
+
+
+def typed(field_: dataclasses.Field[Any], value: Any, where: str) -> Any:
+    """The value as the field's type. Raises UserError where it is another."""
+    kind = str(field_.type)
+    if kind.startswith("tuple") and isinstance(value, list) and all(type(v) is int for v in value):
+        return tuple(value)
+    if kind == "float" and type(value) in (int, float):
+        return float(value)
+    accepted = {"int": int, "str": str, "bool": bool}.get(kind)
+    if accepted is None or type(value) is not accepted:
+        raise UserError(f"{where}: {field_.name} is {value!r}; give a {kind} (write 1.0e-3, not 1e-3)")
+    return value
+
+
+def load_config(path: str | Path, **overrides: Any) -> TrainConfig:
+    """Read a recipe; `overrides` that are not None replace its fields. Raises UserError for a bad one."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"recipe {path} cannot be read: {str(error).splitlines()[0]}") from error
+    if isinstance(raw, dict):
+        raw |= {name: value for name, value in overrides.items() if value is not None}
+    return build(TrainConfig, raw, str(path))
+
+
+def check_resumable(config: TrainConfig, saved: dict[str, Any]) -> None:
+    """Raises UserError where a run was started with another recipe."""
+    for name, value in as_plain(config).items():
+        if name not in CAN_CHANGE and saved.get(name) != value:
+            raise UserError(
+                f"the run was started with {name} {saved.get(name)!r}, the recipe now says {value!r}; "
+                "restore it, or pass another --out"
+            )
+
+
+def as_plain(config: TrainConfig) -> dict[str, Any]:
+    """The config as JSON-like values."""
+    plain = dataclasses.asdict(config)
+    plain["drafter"]["taps"] = list(plain["drafter"]["taps"])
+    return plain

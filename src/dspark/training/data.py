@@ -1,0 +1,104 @@
+"""Token documents on disk, memory-mapped, and the sequences that training reads from them.
+
+A directory holds `tokens.npy` (uint16 or uint32, all documents one after another), `offsets.npy` (int64, where each
+begins, and the end) and `mask.npy` (uint8, 1 where the target wrote the token and the loss counts).
+B sequences, S tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark.common.errors import UserError
+from dspark.common.files import replacing_directory
+
+Document = tuple[Sequence[int], Sequence[int]]
+"""(token ids, loss mask), of equal length."""
+
+
+def write_documents(
+    directory: str | Path, documents: Iterable[Document], *, vocabulary: int, about: dict[str, Any] | None = None
+) -> int:
+    """Write documents whole or not at all, with `about` beside them. Returns the number of tokens."""
+    kind = np.uint16 if vocabulary <= 1 << 16 else np.uint32
+    tokens, masks, offsets = [], [], [0]
+    for ids, mask in documents:
+        assert len(ids) == len(mask), "a mask as long as its document"
+        tokens.append(np.asarray(ids, dtype=kind))
+        masks.append(np.asarray(mask, dtype=np.uint8))
+        offsets.append(offsets[-1] + len(ids))
+    if not offsets[-1]:
+        raise UserError(f"no tokens to write to {directory}; check the prompts and the generator")
+    with replacing_directory(directory) as fresh:
+        np.save(fresh / "tokens.npy", np.concatenate(tokens))
+        np.save(fresh / "mask.npy", np.concatenate(masks))
+        np.save(fresh / "offsets.npy", np.asarray(offsets, dtype=np.int64))
+        (fresh / "about.json").write_text(json.dumps(about or {}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return offsets[-1]
+
+
+class Documents:
+    """Sequences of at most `length` tokens: each document cut into pieces that hold something to learn."""
+
+    def __init__(self, directory: str | Path, length: int) -> None:
+        self.tokens, self.mask, self.offsets = (read(directory, name) for name in ("tokens", "mask", "offsets"))
+        self.length = length
+        if len(self.tokens) != len(self.mask) or len(self.tokens) != self.offsets[-1]:
+            raise UserError(
+                f"{directory} has {len(self.tokens)} tokens, {len(self.mask)} mask values and offsets up to "
+                f"{self.offsets[-1]}; write it again"
+            )
+        self.pieces = [
+            (start, min(start + length, end))
+            for begin, end in zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)
+            for start in range(begin, end, length)
+            if self.mask[start : min(start + length, end)].sum() > 1
+        ]
+        if not self.pieces:
+            raise UserError(f"{directory} has no supervised tokens; check its mask.npy")
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def size(self, number: int) -> int:
+        """How many tokens a piece has."""
+        start, end = self.pieces[number]
+        return end - start
+
+    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(token_BS int64, mask_BS bool) of the numbered pieces, padded on the right with token 0, mask false."""
+        pieces = [self.pieces[number] for number in numbers]
+        width = max(end - start for start, end in pieces)
+        token_BS = torch.zeros(len(pieces), width, dtype=torch.long)
+        mask_BS = torch.zeros(len(pieces), width, dtype=torch.bool)
+        for row, (start, end) in enumerate(pieces):
+            token_BS[row, : end - start] = torch.from_numpy(self.tokens[start:end].astype(np.int64))
+            mask_BS[row, : end - start] = torch.from_numpy(self.mask[start:end] > 0)
+        return token_BS, mask_BS
+
+    def numbers(self, step: int, batch: int, seed: int) -> list[int]:
+        """Which pieces step `step` reads: a new shuffle every epoch, a function of seed and step alone."""
+        wanted = range(step * batch, (step + 1) * batch)
+        orders = {
+            epoch: np.random.default_rng((seed, epoch)).permutation(len(self.pieces))
+            for epoch in {place // len(self.pieces) for place in wanted}
+        }
+        return [int(orders[place // len(self.pieces)][place % len(self.pieces)]) for place in wanted]
+
+
+def read(directory: str | Path, name: str) -> np.ndarray[Any, Any]:
+    """One memory-mapped array of a data directory. Raises UserError for a missing or damaged file."""
+    path = Path(directory, f"{name}.npy")
+    try:
+        return np.load(path, mmap_mode="r")
+    except FileNotFoundError as error:
+        raise UserError(f"{directory} has no {name}.npy; pass a directory made by `write_documents`") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is truncated or corrupted ({str(error).splitlines()[0]}); write it again") from error
