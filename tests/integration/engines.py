@@ -42,7 +42,7 @@ def config(**changes):
 def plain_model():
     """The library's own model, for plain decoding."""
     torch.manual_seed(0)
-    return Qwen3ForCausalLM._from_config(config(), dtype=torch.float64, attn_implementation="eager").eval()
+    return Qwen3ForCausalLM._from_config(config(), dtype=torch.float64, attn_implementation="sdpa").eval()
 
 
 def ours(model, noise=0.0):

@@ -25,11 +25,9 @@ class Assembled:
     batch: Ragged
     rows_B: Tensor  # every sampled request's anchor row and draft rows
     count_R: np.ndarray  # rows of each sequence
-    context_R: np.ndarray
     start_R: np.ndarray  # of each sequence's rows
     position_T: np.ndarray
     slot_T: np.ndarray
-    table_RP: np.ndarray
 
 
 def page_table(requests: Sequence[Request], tokens: int, page_size: int) -> np.ndarray:
@@ -45,7 +43,7 @@ def assemble(
     sampled = len(schedule.sampled)
     requests = [*schedule.sampled, *(request for request, _ in schedule.partial)]
     own = [*schedule.rows, *(rows for _, rows in schedule.partial)]
-    context_R = np.array([request.cached for request in requests])
+    context_R = np.array([request.cached for request in requests], dtype=np.int64)
     count_R = np.array(own, dtype=np.int64)
     count_R[:sampled] += np.array(plan, dtype=np.int64)
     end_R = count_R.cumsum()
@@ -53,49 +51,55 @@ def assemble(
     total = int(end_R[-1])
     table_RP = page_table(requests, int((context_R + count_R).max()), page_size)
     request_T = np.arange(len(requests)).repeat(count_R)
-    position_T = np.arange(total) + (context_R - start_R)[request_T]
+    row_T = np.arange(total)
+    position_T = row_T + (context_R - start_R)[request_T]
     slot_T = table_RP[request_T, position_T // page_size] * np.int64(page_size) + position_T % page_size
-    token_T = np.zeros(total, dtype=np.int64)
+    host_T = np.zeros(total, dtype=np.int64)
     for request, start, rows in zip(requests, start_R.tolist(), own, strict=True):
-        token_T[start : start + rows] = request.tokens[request.cached : request.cached + rows]
-    token = _to(token_T, device)
+        host_T[start : start + rows] = request.tokens[request.cached : request.cached + rows]
+    token_T = _to(host_T, device)
     if any(plan):
         assert draft is not None, "a plan above 0 needs a draft"
-        _put_drafts(token, draft, plan, (end_R[:sampled] - plan).tolist())
-    cu_R1 = np.concatenate([[0], end_R]).astype(np.int32)
+        _put_drafts(token_T, draft, plan, (end_R[:sampled] - plan).tolist())
+    wanted_R = end_R.copy()  # where each sequence's rows with logits start; a partial prefill has none
+    wanted_R[:sampled] -= np.array(plan, dtype=np.int64) + 1
     batch = Ragged(
-        token,
+        token_T,
         _to(position_T, device),
         _to(slot_T, device),
         _to(table_RP, device),
-        _to(cu_R1, device),
+        _to(_bounds(count_R), device),
         _to(context_R.astype(np.int32), device),
     )
-    last = [np.arange(end - length - 1, end) for end, length in zip(end_R.tolist(), plan, strict=False)]
-    rows_B = np.concatenate(last) if last else np.zeros(0, dtype=np.int64)
-    return Assembled(batch, _to(rows_B, device), count_R, context_R, start_R, position_T, slot_T, table_RP)
+    return Assembled(batch, _to(row_T[row_T >= wanted_R[request_T]], device), count_R, start_R, position_T, slot_T)
 
 
 def committed(step: Assembled, taps_TkD: Tensor | None, rejected_R: Sequence[int]) -> tuple[Ragged, Tensor | None]:
     """The batch without each sequence's last `rejected_R` rows, for the drafter's context."""
-    batch = step.batch
+    batch, device = step.batch, step.batch.token_T.device
     if not any(rejected_R):
         return batch, taps_TkD
-    count_R = step.count_R.copy()
-    count_R[: len(rejected_R)] -= rejected_R
-    device = batch.token_T.device
-    kept = [np.arange(start, start + n) for start, n in zip(step.start_R.tolist(), count_R.tolist(), strict=True)]
-    kept_T = np.concatenate(kept)
-    index_T = _to(kept_T, device)
-    part = Ragged(
-        batch.token_T[index_T],
-        _to(step.position_T[kept_T], device),
-        _to(step.slot_T[kept_T], device),
-        batch.page_table_RP,
-        _to(np.concatenate([[0], count_R.cumsum()]).astype(np.int32), device),
-        batch.context_R,
-    )
-    return part, taps_TkD[index_T] if taps_TkD is not None else None
+    kept_R = step.count_R.copy()
+    kept_R[: len(rejected_R)] -= np.array(rejected_R, dtype=np.int64)
+    bounds = _to(_bounds(kept_R), device)
+    if len(kept_R) == 1:  # a slice is a view
+        end = int(kept_R[0])
+        token_T, position_T, slot_T = batch.token_T[:end], batch.position_T[:end], batch.slot_T[:end]
+        taps_TkD = taps_TkD[:end] if taps_TkD is not None else None
+    else:
+        request_T = np.arange(len(kept_R)).repeat(step.count_R)
+        row_T = np.arange(len(request_T))
+        kept_T = row_T[row_T < (step.start_R + kept_R)[request_T]]
+        index_T = _to(kept_T, device)
+        token_T, taps_TkD = batch.token_T[index_T], taps_TkD[index_T] if taps_TkD is not None else None
+        position_T, slot_T = _to(step.position_T[kept_T], device), _to(step.slot_T[kept_T], device)
+    return Ragged(token_T, position_T, slot_T, batch.page_table_RP, bounds, batch.context_R), taps_TkD
+
+
+def _bounds(count_R: np.ndarray) -> np.ndarray:
+    bounds = np.zeros(len(count_R) + 1, dtype=np.int32)
+    count_R.cumsum(out=bounds[1:])
+    return bounds
 
 
 def _put_drafts(token_T: Tensor, draft: Draft, plan: Sequence[int], first: Sequence[int]) -> None:

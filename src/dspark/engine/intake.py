@@ -47,7 +47,7 @@ class Intake:
 
     def request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
         """A request in its initial state."""
-        tokens = self._tokens(prompt)
+        tokens = self.tokenize(prompt)
         params.check_vocabulary(self.vocab_size)
         if (params.logprobs or 0) > MAX_LOGPROBS:
             raise UserError(f"logprobs {params.logprobs} is above {MAX_LOGPROBS}; ask for {MAX_LOGPROBS} or fewer")
@@ -70,7 +70,8 @@ class Intake:
             statistics=RequestStatistics(prompt_tokens=len(tokens)),
         )
 
-    def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
+    def tokenize(self, prompt: str | Sequence[int]) -> list[int]:
+        """The token ids of a prompt. Reads nothing that a step writes, so any thread may call it."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError("a prompt of text needs a tokenizer; give the engine one or pass token ids")

@@ -49,7 +49,7 @@ class EngineCore:
     ):
         """Text prompts, texts and stop strings need a tokenizer; token ids do without."""
         self.config = config = config or EngineConfig()
-        self.target = target
+        self.target, self.tokenizer = target, tokenizer
         self.drafter = drafter = drafter or NoDraft(target.vocab_size)
         self.planner = parse_planner(planner) if isinstance(planner, str) else planner
         block = drafter.block_size if config.max_draft is None else min(drafter.block_size, config.max_draft)
@@ -111,6 +111,10 @@ class EngineCore:
         self.timings.steps += 1
         self.timings.total += time.perf_counter() - started
         return commits
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache, as after a change of weights."""
+        self.admission.pool.forget_all()
 
     def check_integrity(self) -> None:
         """Raises AssertionError where pages leak or requests are lost."""

@@ -1,0 +1,76 @@
+"""Makes an engine out of names: target, drafter, tokenizer and the tokens that end a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from dspark.common.errors import UserError
+from dspark.drafters.base import Drafter
+from dspark.drafters.ngram import NoDraft
+from dspark.drafters.registry import has_tokenizer, load_drafter
+from dspark.engine.config import EngineConfig
+from dspark.engine.step import EngineCore
+from dspark.models.loading import load_tokenizer
+from dspark.models.target import Target
+from dspark.speculation.planner import Planner
+
+
+def build_engine(
+    target: str | Path | Target,
+    drafter: str | Path | Drafter | None = "auto",
+    planner: str | Planner = "full",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    **options: object,
+) -> EngineCore:
+    """An engine for a model directory or hub id (or a Target); `options` are those of EngineConfig.
+
+    `drafter` "auto" is the directory `drafter` inside the target's, where there is one, else none: an engine is
+    never slower than plain decoding because of a drafter that nobody chose.
+    """
+    config = EngineConfig.of(**options)
+    if not isinstance(target, Target):
+        target = Target.load(target, dtype=dtype, device=device)
+    source = str(getattr(target.model.config, "name_or_path", "") or getattr(target.model, "name_or_path", "") or "")
+    if tokenizer is None:
+        tokenizer = find_tokenizer(source)
+    elif isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer)
+    if drafter == "auto":
+        beside = Path(source, "drafter") if source else None
+        drafter = beside if beside is not None and (beside / "config.json").is_file() else None
+    if isinstance(drafter, str | Path):
+        drafter = load_drafter(drafter, target)
+    return EngineCore(
+        target,
+        drafter or NoDraft(target.vocab_size),
+        planner,
+        tokenizer=tokenizer,
+        config=config,
+        eos_token_ids=eos_token_ids(target, tokenizer),
+    )
+
+
+def find_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model directory or hub id, None where it has none."""
+    if not source:
+        return None
+    if Path(source).is_dir():
+        return load_tokenizer(source) if has_tokenizer(Path(source)) else None
+    try:
+        return load_tokenizer(source)
+    except UserError:
+        return None
+
+
+def eos_token_ids(target: Target, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """What ends a text, as `generate` reads it: the generation config's, else the config's, else the tokenizer's."""
+    for holder in (getattr(target.model, "generation_config", None), target.config, tokenizer):
+        found = getattr(holder, "eos_token_id", None)
+        if found is not None:
+            return list(found) if isinstance(found, list | tuple) else [found]
+    return []
