@@ -11,7 +11,7 @@ TEXT = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJ.,:()012345678_" + "é😀€"
 @functools.cache
 def byte_tokenizer():
     """Token ids 0.. are the distinct bytes of TEXT in order of appearance."""
-    table = {byte: char for byte, char in zip(range(256), _byte_characters(), strict=True)}
+    table = dict(zip(range(256), _byte_characters(), strict=True))
     seen = list(dict.fromkeys(TEXT.encode()))
     vocabulary = {table[byte]: i for i, byte in enumerate(seen)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
