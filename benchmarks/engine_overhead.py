@@ -50,7 +50,6 @@ def make_engine(vocabulary: int, block: int) -> EngineCore:
     config = make_config(vocabulary)
     torch.manual_seed(0)
     model = Qwen3ForCausalLM._from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
-    weights = model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data
     target = Target(model.eval().requires_grad_(False))
     fields = make_config(vocabulary, layers=1).to_dict() | {
         "architectures": ["Qwen3DSparkModel"],
@@ -63,7 +62,7 @@ def make_engine(vocabulary: int, block: int) -> EngineCore:
         "markov_rank": 64,
         "markov_head_type": "vanilla",
     }
-    drafter = build(parse(fields, "config.json"), *weights).eval()
+    drafter = build(parse(fields, "config.json"), target.embedding_VD, target.head).eval()
     return EngineCore(target, drafter, config=EngineConfig(seed=0))
 
 

@@ -76,9 +76,7 @@ def block_drafter(**changes):
         "markov_head_type": "vanilla",
     }
     torch.manual_seed(2)
-    model = plain_model()
-    weights = model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data
-    drafter = build(parse(fields | changes, "config.json"), *weights).eval().double()
+    drafter = build(parse(fields | changes, "config.json"), target().embedding_VD, target().head).eval().double()
     for parameter in drafter.parameters():
         if parameter.requires_grad and parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)

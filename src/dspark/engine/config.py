@@ -24,6 +24,7 @@ class EngineConfig:
     max_step_tokens: int = 512  # rows of one target forward: anchors, drafts and prefill together
     max_draft: int | None = None  # drafted tokens per round; None is the drafter's block size
     prefix_caching: bool = True
+    compile: bool = False  # the forward, in the background where it is not cached yet; eager until it is ready
     seed: int | None = None  # makes the seeds of requests that bring none reproducible
 
     def __post_init__(self) -> None:

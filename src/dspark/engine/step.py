@@ -67,6 +67,8 @@ class EngineCore:
             headroom=block + HEADROOM,
         )
         self.requests: dict[int, Request] = {}
+        if config.compile:
+            target.compile(drafter.taps, config.page_size)
 
     @property
     def timings(self) -> Timings:
