@@ -1,1 +1,1 @@
-"""Floor 7: one thin command per file."""
+"""Floor 7: the `dspark` command, one thin command per file; heavy imports wait until a command runs."""

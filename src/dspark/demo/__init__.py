@@ -1,1 +1,1 @@
-"""Floor 6: the embedded default, its tokenizer and weights, and how they were made."""
+"""Floor 6: the embedded default, how it was made, and the race that shows it."""

@@ -39,12 +39,12 @@ class Backbone(nn.Module):
     def allocate(self, slots: int) -> Pools:
         """Empty context pools of `slots` tokens, on the weights' device and in their dtype."""
         shape = (slots, self.config.num_key_value_heads, self.config.head_dim)
-        like = self.fc.weight
+        like = self.hidden_norm.weight  # never packed, unlike the matrices
         return tuple((like.new_zeros(shape), like.new_zeros(shape)) for _ in self.layers)
 
     def project(self, taps: Tensor, position: Tensor) -> Pools:
         """Context keys and values [..., G, d] of every layer, from taps [..., k·D] at absolute positions [...]."""
-        context = self.hidden_norm(self.fc(taps.to(self.fc.weight.dtype)))
+        context = self.hidden_norm(self.fc(taps.to(self.hidden_norm.weight.dtype)))
         rotary = self.rotary(position, context.dtype)
         return tuple(cast(Layer, layer).self_attn.key_value(context, rotary) for layer in self.layers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -49,11 +50,30 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PreTr
     """The text config of a model directory or hub id."""
     if Path(source).exists() and not Path(source, "config.json").is_file():
         raise UserError(f"{source} has no config.json; pass a model directory saved with save_pretrained")
+    if not Path(source).exists() and (str(source).count("/") > 1 or str(source).startswith((".", "/", "~"))):
+        raise UserError(f"{source} is no directory; pass a model's directory or a hub id owner/name")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read the config of {source}: {_first_line(error)}") from error
+    refuse_misspelt_fields(source, config)
     return config.get_text_config()
+
+
+def refuse_misspelt_fields(source: str | Path, config: PreTrainedConfig) -> None:
+    """Raises UserError for a field that is nearly, but not, one the config's class has and the file lacks.
+
+    `transformers` would keep the stranger and take the default of the field that was meant.
+    """
+    path = Path(source, "config.json")
+    if not path.is_file():
+        return
+    given = json.loads(path.read_text(encoding="utf-8"))
+    known = set(type(config)().to_dict())
+    for name in given:
+        near = [] if name in known else get_close_matches(name, known - set(given), n=1, cutoff=0.9)
+        if near:
+            raise UserError(f"{path}: field {name!r} is not known; rename it to {near[0]!r}")
 
 
 def load_causal_lm(
@@ -66,22 +86,31 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """A frozen causal LM in eval mode. Raises UserError for a missing, truncated or ill-fitting checkpoint."""
     config = load_config(source, trust_remote_code=trust_remote_code)
+    place, number = resolve_device(device), resolve_dtype(dtype, config)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=resolve_dtype(dtype, config),
+            dtype=number,
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with the shapes
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, AttributeError) as error:
+    except SafetensorError as error:
+        raise UserError(f"the weights of {source} are truncated or corrupted ({error}); copy them again") from error
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         raise UserError(f"cannot load the weights of {source}: {_first_line(error)}") from error
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise UserError(
+            f"{source} has {name} of shape {list(found)} where its config.json asks for {list(wanted)}; "
+            "correct the config or copy the weights again"
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
             f"{source} lacks {len(missing)} tensors, the first is {missing[0]}; the checkpoint is incomplete"
         )
-    return model.to(resolve_device(device)).eval().requires_grad_(False)
+    return model.to(place).eval().requires_grad_(False)
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

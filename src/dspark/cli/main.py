@@ -1,0 +1,55 @@
+"""The `dspark` command: gathers the commands, and turns a person's mistake into one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from dspark.cli import bench, demo, generate, train
+from dspark.common.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train, calibrate, plan and serve DSpark speculative decoding, losslessly.",
+)
+app.command()(demo.demo)
+app.command()(generate.generate)
+app.command()(train.train)
+app.add_typer(bench.app, name="bench")
+
+
+@app.callback(invoke_without_command=True)
+def options(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"dspark {installed('dspark')}")
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, or 2 for bad input, 130 when interrupted."""
+    try:
+        code = app(args=arguments, prog_name="dspark", standalone_mode=False)
+    except UserError as error:
+        return _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # usage errors, whose class moved between versions of typer
+            raise
+        return _fail(f"{error.format_message()} Try --help." if error.format_message() else "")
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    if message:
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
