@@ -28,7 +28,7 @@ def test_version(run):
 def test_demo(run, tiny_pair, tmp_path, temperature):
     html = tmp_path / "demo.html"
     pair = ["--target", tiny_pair.target, "--drafter", tiny_pair.drafter]
-    options = ["--max-tokens", 20, "--rounds", 1, "--temperature", temperature, "--html", html]
+    options = ["--no-compile", "--max-tokens", 20, "--rounds", 1, "--temperature", temperature, "--html", html]
     out, _ = run("demo", *pair, *options)
     lines = out.splitlines()
     assert re.fullmatch(LAST_LINE, lines[-1])
@@ -43,7 +43,7 @@ def test_demo_of_a_file(run, tiny_pair, tmp_path):
     path = tmp_path / "start.py"
     path.write_text("def add(é):\n", encoding="utf-8")
     pair = ["--target", tiny_pair.target, "--drafter", tiny_pair.drafter]
-    out, _ = run("demo", *pair, "--file", path, "--max-tokens", 5, "--rounds", 1)
+    out, _ = run("demo", *pair, "--file", path, "--max-tokens", 5, "--rounds", 1, "--no-compile")
     assert "def add(é):" in out and "5 tokens for 1 prompt," in out
     assert re.fullmatch(LAST_LINE, out.splitlines()[-1])
 
@@ -80,7 +80,7 @@ def test_bench_decode(run, tiny_pair, tmp_path, batch):
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "speed.json"
     prompts.write_text('{"turns": ["def add(", "more"]}\n{"prompt": "class Stack"}\n\n{"prompt": "import"}\n')
     pair = ["--target", tiny_pair.target, "--drafter", tiny_pair.drafter]
-    options = ["--prompts", prompts, "--max-tokens", 8, "--rounds", 2, "--batch", batch, "--dtype", "float32"]
+    options = ["--prompts", prompts, "--max-tokens", 8, "--rounds", 2, "--batch", batch, "--no-compile"]
     run("bench", "decode", *pair, *options, "--json", output)
     found = json.loads(output.read_text())
     rows = {row["name"]: row for row in found["contenders"]}

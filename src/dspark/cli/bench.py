@@ -31,6 +31,7 @@ def decode(
     planner: Annotated[str, typer.Option(help="full, fixed:N or threshold:C.")] = "full",
     assistant: Annotated[str | None, typer.Option(help="A small model for transformers' assisted generation.")] = None,
     library: Annotated[bool, typer.Option(help="Also measure transformers generate.")] = True,
+    compile: Annotated[bool, typer.Option(help="Compile the engine's forward first, once per machine.")] = True,
     dtype: Annotated[str, typer.Option()] = "auto",
     device: Annotated[str, typer.Option()] = "auto",
     json: Annotated[Path | None, typer.Option(help="Write everything measured here.")] = None,
@@ -56,6 +57,7 @@ def decode(
         rounds=rounds,
         assistant=assistant,
         library=library,
+        compile=compile,
         dtype=dtype,
         device=device,
     )

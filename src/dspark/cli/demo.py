@@ -19,6 +19,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="The text's noise at a temperature above 0.")] = 0,
     planner: Annotated[str, typer.Option(help="full, fixed:N or threshold:C.")] = "full",
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each prompt; medians are reported.")] = 3,
+    compile: Annotated[bool, typer.Option(help="Compile the target's forward, once per machine.")] = True,
     target: Annotated[str | None, typer.Option(help="Another target: directory or hub id.")] = None,
     drafter: Annotated[str | None, typer.Option(help="Another drafter: directory, hub id or ngram.")] = None,
 ) -> None:
@@ -43,5 +44,6 @@ def demo(
         prompts=[text] if text is not None else PROMPTS,
         params=params,
         rounds=rounds,
+        compile=compile,
         html=html,
     )

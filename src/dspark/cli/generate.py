@@ -35,6 +35,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     planner: Annotated[str, typer.Option(help="full, fixed:N or threshold:C.")] = "full",
     max_draft: Annotated[int | None, typer.Option(help="Draft at most this many tokens a round.")] = None,
+    compile: Annotated[bool, typer.Option(help="Compile the target's forward first, once per machine.")] = False,
     dtype: Annotated[str, typer.Option()] = "auto",
     device: Annotated[str, typer.Option()] = "auto",
 ) -> None:
@@ -56,13 +57,18 @@ def generate(
         stop=tuple(stop or ()),
     )
 
+    from rich.console import Console
+
     from dspark.common.chat import render_chat
     from dspark.common.log import quiet_libraries
     from dspark.engine.llm import LLM
+    from dspark.engine.waiting import wait_for_compile
 
     quiet_libraries()
     options = {} if max_draft is None else {"max_draft": max_draft}
     llm = LLM(target, drafter, planner, dtype=dtype, device=device, max_running=1, **options)
+    if compile:
+        wait_for_compile(Console(stderr=True), llm.core)
     tokens = render_chat(llm.tokenizer, [{"role": "user", "content": text}]) if chat else text
     with _sink(output) as write:
         for commit in llm.stream(tokens, params):

@@ -68,6 +68,12 @@ class Lane:
         self.seconds, self.done = 0.0, True
         self.statistics = RequestStatistics()
 
+    def check(self, prompt: str, params: SamplingParams) -> None:
+        """Raises UserError for a prompt that could not be served."""
+        if not prompt:
+            raise UserError("the prompt is empty; give at least one character")
+        self.core.cancel(self.core.add(prompt, params))
+
     def begin(self, prompt: str, params: SamplingParams) -> None:
         """Take a prompt; the text before is forgotten. Raises UserError for one that cannot be served."""
         self.core.add(prompt, params)
@@ -119,8 +125,6 @@ class Lane:
 
 def race(lanes: list[Lane], prompt: str, params: SamplingParams) -> Iterator[Lane]:
     """All lanes write `prompt`; the one whose clock is behind takes the next step and is yielded after it."""
-    if not prompt:
-        raise UserError("the prompt is empty; give at least one character")
     for lane in lanes:
         lane.begin(prompt, params)
     while running := [lane for lane in lanes if not lane.done]:

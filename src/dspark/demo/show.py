@@ -16,6 +16,7 @@ from dspark.demo.page import page
 from dspark.demo.race import Lane
 from dspark.demo.terminal import difference_lines, last_line, legend, run_race, tables
 from dspark.drafters.registry import load_drafter
+from dspark.engine.waiting import start_compile, wait_for_compile
 from dspark.models.target import Target
 
 
@@ -27,6 +28,7 @@ def show(
     prompts: Sequence[str],
     params: SamplingParams,
     rounds: int,
+    compile: bool = True,
     html: Path | None = None,
     console: Console | None = None,
 ) -> Tally:
@@ -35,12 +37,20 @@ def show(
     model = Target.load(target)
     plain = Lane(model, None, "none")
     dspark = Lane(model, load_drafter(drafter, model), planner)
+    for prompt in prompts:
+        dspark.check(prompt, params)
+    if compile:  # in the background; the race begins at once
+        for lane in (plain, dspark):
+            start_compile(lane.core)
     console.print(legend())
     console.print()
     outcomes = [
         run_race(console, plain, dspark, prompt, params, f"prompt {index + 1} of {len(prompts)}")
         for index, prompt in enumerate(prompts)
     ]
+    if compile:
+        for lane in (plain, dspark):
+            wait_for_compile(console, lane.core)
     for outcome in outcomes:  # the race was the warm-up, and drew pictures between its steps
         outcome.plain.clear()
         outcome.dspark.clear()

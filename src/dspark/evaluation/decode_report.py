@@ -18,8 +18,11 @@ from dspark.common.errors import UserError
 from dspark.common.files import replacing_file
 from dspark.common.provenance import provenance
 from dspark.common.sampling_params import SamplingParams
+from dspark.drafters.base import Drafter
 from dspark.drafters.registry import load_drafter
 from dspark.engine.build import build_engine
+from dspark.engine.step import EngineCore
+from dspark.engine.waiting import wait_for_compile
 from dspark.evaluation.decode import (
     Contender,
     Texts,
@@ -50,6 +53,7 @@ class DecodeSettings:
     rounds: int = 3
     assistant: str | None = None
     library: bool = True
+    compile: bool = True
     dtype: str = "auto"
     device: str = "auto"
 
@@ -64,7 +68,14 @@ def compare_decoding(settings: DecodeSettings, prompts: list[str], output: Path 
     target = Target.load(settings.target, dtype=settings.dtype, device=settings.device)
     tokens = [encode(tokenizer, text) for text in prompts]
     check_room(tokens, settings.max_tokens, target.context_limit)
-    contenders = engines(settings, target, params) + (library(settings, params) if settings.library else [])
+    cores = engines(settings, target)
+    if settings.compile:
+        for core in cores:
+            wait_for_compile(console, core)
+    names = (PLAIN, f"engine, {type(cores[1].drafter).__name__}")
+    contenders = [engine_contender(name, core, params) for name, core in zip(names, cores, strict=True)]
+    if settings.library:
+        contenders += library(settings, params)
     with Progress(console=console, transient=True) as progress:
         batches = -(-len(tokens) // settings.batch)
         task = progress.add_task("measuring", total=len(contenders) * (1 + settings.rounds * batches))
@@ -101,13 +112,11 @@ def check_room(prompts: Texts, max_tokens: int, context: int) -> None:
         )
 
 
-def engines(settings: DecodeSettings, target: Target, params: SamplingParams) -> list[Contender]:
-    """Plain first; every engine has the same target and its own pages."""
+def engines(settings: DecodeSettings, target: Target) -> list[EngineCore]:
+    """Plain decoding and speculation, on the same target, each with its own pages."""
     drafter = load_drafter(settings.drafter, target)
-    plain = build_engine(target, None, "none", max_running=settings.batch, prefix_caching=False)
-    speculating = build_engine(target, drafter, settings.planner, max_running=settings.batch, prefix_caching=False)
-    name = f"engine, {type(drafter).__name__}"
-    return [engine_contender(PLAIN, plain, params), engine_contender(name, speculating, params)]
+    pairs: list[tuple[Drafter | None, str]] = [(None, "none"), (drafter, settings.planner)]
+    return [build_engine(target, *pair, max_running=settings.batch, prefix_caching=False) for pair in pairs]
 
 
 def library(settings: DecodeSettings, params: SamplingParams) -> list[Contender]:
