@@ -1,0 +1,203 @@
+"""What `LLM.generate` writes with default options is distributed as the target, and equals the reference loop.
+
+The joint law of the first three tokens over four words is enumerated from the library's own model and compared with
+samples by a chi-square test: (X² − df) / √(2 df) below 4, which a true law exceeds about once in ten thousand tries;
+the engine's seed is fixed, so the outcome is too. A plan that peeks at the token it decides about must fail it.
+"""
+
+import itertools
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from dspark.common.sampling_params import SamplingParams
+from dspark.drafters.checkpoint import build
+from dspark.drafters.config import parse
+from dspark.drafters.draft_model import DraftModel
+from dspark.drafters.ngram import NGram
+from dspark.engine.llm import LLM
+from dspark.models.target import ATTENTION, Target
+from dspark.speculation import reference
+from dspark.speculation.planner import parse_planner
+from dspark.speculation.survival import survival
+
+V, LENGTH, SAMPLES, BOUND = 4, 3, 2000, 4.0
+PROMPT = [1, 3, 2, 1, 3]
+
+
+def config(layers=1, seed_std=0.35):
+    return Qwen3Config(
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        initializer_range=seed_std,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+
+
+def model(seed, attention="sdpa"):
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM._from_config(config(), dtype=torch.float64, attn_implementation=attention).eval()
+
+
+PLAIN, DRAFTING = model(5), model(6)
+
+
+def target_of(seed):
+    return Target(model(seed, ATTENTION).requires_grad_(False))
+
+
+def drafter_of(kind, target):
+    if kind == "draft_model":
+        return DraftModel(target_of(6), V, block_size=3)
+    if kind == "ngram":
+        return NGram(V, block_size=3)
+    fields = config().to_dict() | {
+        "architectures": ["Qwen3DSparkModel"],
+        "num_target_layers": 1,
+        "block_size": 3,
+        "mask_token_id": 0,
+        "target_layer_ids": [0],
+        "enable_confidence_head": True,
+        "confidence_head_with_markov": True,
+        "markov_rank": 4,
+        "markov_head_type": "vanilla",
+    }
+    torch.manual_seed(7)
+    drafter = build(parse(fields, "config.json"), target.embedding_VD, target.head).eval().double()
+    for parameter in drafter.parameters():
+        if parameter.requires_grad and parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.4)
+    return drafter
+
+
+@torch.no_grad()
+def exact_law():
+    """P(x1, x2, x3 | prompt) of every outcome, from the library's forward."""
+    law = {}
+    for outcome in itertools.product(range(V), repeat=LENGTH):
+        logits = PLAIN(torch.tensor([[*PROMPT, *outcome]])).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+        law[outcome] = math.exp(sum(float(row[token]) for row, token in zip(logits, outcome, strict=True)))
+    assert math.isclose(sum(law.values()), 1.0)
+    return law
+
+
+def distance(outcomes, law):
+    """The chi-square statistic's distance from its mean, in standard deviations; rare cells are pooled."""
+    counts, total = Counter(outcomes), len(outcomes)
+    cells = [(counts[outcome], total * p) for outcome, p in law.items()]
+    rare = [cell for cell in cells if cell[1] < 5]
+    cells = [cell for cell in cells if cell[1] >= 5]
+    if rare:
+        cells.append((sum(seen for seen, _ in rare), sum(expected for _, expected in rare)))
+    statistic = sum((seen - expected) ** 2 / expected for seen, expected in cells)
+    return (statistic - (len(cells) - 1)) / math.sqrt(2 * (len(cells) - 1))
+
+
+def sampled(drafter, target, planner="full", **fields):
+    llm = LLM(target, drafter, planner, seed=0)
+    results = llm.generate([PROMPT] * SAMPLES, SamplingParams(max_tokens=LENGTH + 2, **fields))
+    accepted = sum(result.statistics.accepted for result in results)
+    assert accepted > SAMPLES / 10, "hardly anything accepted: the test says nothing"
+    return [tuple(result.token_ids[:LENGTH]) for result in results]
+
+
+@pytest.mark.parametrize("kind", ["dspark", "draft_model", "ngram"])
+def test_samples_follow_the_targets_joint_law(kind):
+    target = target_of(5)
+    assert distance(sampled(drafter_of(kind, target), target), exact_law()) < BOUND
+
+
+def test_samples_of_the_coupled_rule_do_too():
+    target = target_of(5)
+    assert distance(sampled(drafter_of("dspark", target), target, acceptance="coupled"), exact_law()) < BOUND
+
+
+class Telling:
+    """A drafter whose second confidence tells what the first drafted token was; legal by itself."""
+
+    def __init__(self, drafter):
+        self.drafter = drafter
+        self.block_size, self.taps = drafter.block_size, drafter.taps
+        self.allocate, self.extend = drafter.allocate, drafter.extend
+
+    def propose(self, context):
+        draft = self.drafter.propose(context)
+        confidence_RK = torch.full_like(draft.confidence_RK, 0.8)
+        confidence_RK[:, 1:] = 0.9 * (draft.token_RK[:, :1] < V // 2)
+        return replace(draft, confidence_RK=confidence_RK)
+
+
+class Peeking:
+    """Verifies all or nothing, by the whole block's survival: slot 1's fate depends on the token in it."""
+
+    def slots(self, limit_R):
+        return list(limit_R)
+
+    def plan(self, survival_RK, limit_R):
+        if survival_RK is None:
+            return [0] * len(limit_R)
+        return [limit if row[-1] > 0 else 0 for row, limit in zip(survival_RK.tolist(), limit_R, strict=True)]
+
+
+@pytest.mark.parametrize(("planner", "caught"), [("threshold:0.85", False), (Peeking(), True)])
+def test_a_plan_that_peeks_is_caught(planner, caught):
+    target = target_of(5)
+    drafter = Telling(drafter_of("dspark", target))
+    llm = LLM(target, drafter, planner, seed=0)
+    results = llm.generate([PROMPT] * SAMPLES, SamplingParams(max_tokens=LENGTH + 2))
+    found = distance([tuple(result.token_ids[:LENGTH]) for result in results], exact_law())
+    assert found > 3 * BOUND if caught else found < BOUND
+
+
+@pytest.mark.parametrize("planner", ["full", "fixed:2", "threshold:0.5"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"acceptance": "rejection"},
+        {"acceptance": "rejection", "temperature": 0.7, "top_p": 0.9},
+        {"acceptance": "rejection", "temperature": 1.2, "repetition_penalty": 1.3, "presence_penalty": 0.4},
+        {"acceptance": "coupled", "min_p": 0.1, "logit_bias": {2: 0.7}},
+        {"temperature": 0.0, "frequency_penalty": 0.3},
+    ],
+    ids=str,
+)
+def test_the_engine_equals_the_reference_loop(fields, planner):
+    """Same numbers, same text, under the rejection rule as well; the engine's first round never drafts."""
+    target, planning = target_of(5), parse_planner(planner)
+    llm = LLM(target, drafter_of("draft_model", target), planner, max_step_tokens=40)
+    each = [SamplingParams(max_tokens=14, seed=10 + i, **fields) for i in range(3)]
+    prompts = [PROMPT, [2], [0, 1] * 4]
+
+    @torch.no_grad()
+    def logits(network, tokens):
+        return network(torch.tensor([list(tokens)])).logits[0, -1]
+
+    def propose(committed, drafted):
+        row = logits(DRAFTING, [*committed, *drafted])
+        return row, float(row.softmax(-1).max())
+
+    for prompt, params, result in zip(prompts, each, llm.generate(prompts, each), strict=True):
+        rounds = itertools.count()
+
+        def plan(confidence, limit, rounds=rounds):
+            if next(rounds) == 0 or not limit:
+                return 0
+            return planning.plan(survival(torch.tensor([confidence])), [limit])[0]
+
+        wanted = reference.generate(
+            prompt, lambda tokens: logits(PLAIN, tokens), propose, plan, params, slots=3, seed=params.seed
+        )
+        assert result.token_ids == wanted
