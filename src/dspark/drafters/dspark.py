@@ -56,7 +56,7 @@ class DSpark(nn.Module):
         """Draw the block left to right; slot 1's previous token is the anchor (DSpark, eqs. 4–7)."""
         state_Rr, token_R = self.markov_head.start(hidden_RKD[:, 0]), anchor_R
         candidates = base_RKV.topk(self.markov_top_k, dim=-1) if 0 < self.markov_top_k < base_RKV.shape[-1] else None
-        tokens, laws, confidences = [], [], []
+        tokens, laws, embeddings, certainties = [], [], [], []
         for slot in range(hidden_RKD.shape[1]):
             embedding_Rr = self.markov_head.markov_w1(token_R)
             latent_Rr, state_Rr = self.markov_head.latent(embedding_Rr, hidden_RKD[:, slot], state_Rr)
@@ -67,14 +67,17 @@ class DSpark(nn.Module):
             token_R, law_RV = sampler.draw(logits_RV, slot)
             tokens.append(token_R)
             laws.append(law_RV)
+            embeddings.append(embedding_Rr)
             if self.confidence_head is None:
-                confidences.append(certainty(logits_RV))
-            else:
-                confidences.append(torch.sigmoid(self.confidence_head(hidden_RKD[:, slot], embedding_Rr).float()))
+                certainties.append(certainty(logits_RV))
+        if self.confidence_head is None:
+            confidence_RK = torch.stack(certainties, dim=1)
+        else:  # slot k's logit reads h_k and x_{k-1}: all at once is the same as one by one
+            confidence_RK = self.confidence_head(hidden_RKD, torch.stack(embeddings, dim=1)).float().sigmoid()
         return Draft(
             token_RK=torch.stack(tokens, dim=1),
             probability_RKV=torch.stack(laws, dim=1),
-            confidence_RK=torch.stack(confidences, dim=1),
+            confidence_RK=confidence_RK,
             length_R=[len(tokens)] * len(anchor_R),
         )
 
