@@ -1,5 +1,7 @@
 """CPU kernels equal their plain twins, and a row's bits do not depend on how many rows share the call."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,10 +10,15 @@ from dspark.ops.attention import ragged_attention, ragged_attention_plain, store
 from dspark.ops.cpu import load_kernels
 from dspark.ops.linear import PackedLinear, pack_linears
 
-pytestmark = pytest.mark.skipif(not load_kernels(), reason="no C++ compiler: torch runs everything")
+needs_kernels = pytest.mark.skipif(not load_kernels(), reason="no C++ compiler: torch runs everything")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
+def test_kernels_build_wherever_there_is_a_compiler():
+    assert load_kernels() or not shutil.which("g++")
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "k"), [(16, 32), (48, 64), (50, 62), (7, 128), (4096, 256)])
 @pytest.mark.parametrize("bias", [False, True])
@@ -24,6 +31,7 @@ def test_linear_equals_torch(dtype, n, k, bias):
     torch.testing.assert_close(got.double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_rows_bits_do_not_depend_on_its_neighbours(dtype, threads):
@@ -53,6 +61,7 @@ def case(dtype, lengths, contexts, *, heads=4, groups=2, key=24, value=20, page=
     return q, k, v, *pool, table, cu, torch.tensor(contexts, dtype=torch.int32), page
 
 
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (0, 2.0)])
@@ -64,6 +73,7 @@ def test_attention_equals_its_plain_twin(dtype, causal, window, softcap):
     assert not got[-2:].any(), "padding rows come out zero"
 
 
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_of_a_row_does_not_depend_on_the_block_it_is_in(dtype):
     page = 4
@@ -83,6 +93,7 @@ def test_attention_of_a_row_does_not_depend_on_the_block_it_is_in(dtype):
         assert torch.equal(run(start, stop, 30 + start), whole[start:stop])
 
 
+@needs_kernels
 def test_store_equals_its_plain_twin():
     _, k, v, pool_k, pool_v, *_ = case(torch.bfloat16, [9], [0])
     slots = torch.tensor([3, 4, 9, 0, 1, 2, 7, 5, 6, 8, 10])
@@ -93,6 +104,7 @@ def test_store_equals_its_plain_twin():
     assert torch.equal(pool_v, want_v)
 
 
+@needs_kernels
 def test_pack_linears_swaps_every_linear_and_keeps_the_function():
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)).requires_grad_(False)

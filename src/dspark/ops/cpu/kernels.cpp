@@ -368,6 +368,116 @@ void store(const Tensor& k, const Tensor& v, Tensor pool_k, Tensor pool_v, const
   copy(vc, pool_v);
 }
 
+// ---- the sequential head: one block drawn left to right ----------------------------------------------------------------
+
+inline float dot(const float* a, const float* b, int64_t size) {  // size is a multiple of 16, zero-padded
+  Vec acc = Vec{};
+  for (int64_t i = 0; i < size; i += LANES) acc += load(a + i) * load(b + i);
+  float half[LANES / 2];
+  for (int64_t i = 0; i < LANES / 2; ++i) half[i] = acc[i] + acc[i + LANES / 2];
+  return ((half[0] + half[4]) + (half[1] + half[5])) + ((half[2] + half[6]) + (half[3] + half[7]));
+}
+
+inline uint32_t rank_of(float x) {  // orders floats as unsigned integers
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// Indices of the `top` largest values, rising; among equals the lowest index wins. All of them for top 0.
+void largest(const float* value, int64_t V, int64_t top, std::vector<int32_t>& chosen) {
+  chosen.clear();
+  if (top <= 0 || top >= V) {
+    for (int64_t v = 0; v < V; ++v) chosen.push_back(v);
+    return;
+  }
+  constexpr int BUCKETS = 4096, SHIFT = 20;
+  std::vector<int32_t> count(BUCKETS, 0), border;
+  for (int64_t v = 0; v < V; ++v) ++count[rank_of(value[v]) >> SHIFT];
+  int64_t bucket = BUCKETS - 1, above = 0;
+  while (above + count[bucket] < top) above += count[bucket--];
+  for (int64_t v = 0; v < V; ++v)
+    if (int64_t(rank_of(value[v]) >> SHIFT) == bucket) border.push_back(v);
+  const auto before = [&](int32_t a, int32_t b) { return value[a] != value[b] ? value[a] > value[b] : a < b; };
+  std::nth_element(border.begin(), border.begin() + (top - above - 1), border.end(), before);
+  const int32_t last = border[top - above - 1];
+  for (int64_t v = 0; v < V; ++v) {
+    const int64_t mine = rank_of(value[v]) >> SHIFT;
+    if (mine > bucket || (mine == bucket && !before(last, v))) chosen.push_back(v);
+  }
+}
+
+template <typename Scalar>
+void chain_of(const Scalar* base, const Scalar* w1, const Scalar* w2, int64_t anchor, int64_t K, int64_t V, int64_t rank,
+              int64_t top, double temperature, const double* uniform, const float* confidence_w, int64_t* token, float* q,
+              float* confidence) {
+  const int64_t padded = (rank + LANES - 1) / LANES * LANES;
+  std::vector<float> wide(V), embedding(padded, 0.0f), row(padded, 0.0f), logit(V + LANES);
+  std::vector<int32_t> chosen;
+  int64_t previous = anchor;
+  for (int64_t k = 0; k < K; ++k) {
+    for (int64_t v = 0; v < V; ++v) wide[v] = widen(base[k * V + v]);
+    largest(wide.data(), V, top, chosen);
+    for (int64_t j = 0; j < rank; ++j) embedding[j] = widen(w1[previous * rank + j]);
+    const int64_t count = chosen.size();
+    float peak = -INFINITY;
+    int64_t best = count - 1;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < rank; ++j) row[j] = widen(w2[chosen[i] * rank + j]);
+      logit[i] = wide[chosen[i]] + dot(row.data(), embedding.data(), padded);
+      if (logit[i] > peak) peak = logit[i], best = i;
+    }
+    if (temperature == 0) {
+      q[k * V + chosen[best]] = 1.0f;
+    } else {
+      for (int64_t i = count; i < count + LANES; ++i) logit[i] = -INFINITY;
+      double total = 0, seen = 0;
+      for (int64_t i = 0; i < count; i += LANES) {
+        const Vec weight = exponential((load(&logit[i]) - peak) / float(temperature));
+        std::memcpy(&logit[i], &weight, sizeof weight);
+        for (int64_t lane = 0; lane < std::min(LANES, count - i); ++lane) total += weight[lane];
+      }
+      const double aim = total * uniform[k];
+      best = -1;
+      for (int64_t i = 0; i < count; ++i) {
+        q[k * V + chosen[i]] = float(logit[i] / total);
+        seen += logit[i];
+        if (best < 0 && seen >= aim && logit[i] > 0) best = i;
+      }
+      if (best < 0) best = count - 1;
+    }
+    token[k] = chosen[best];
+    if (confidence) confidence[k] += dot(confidence_w, embedding.data(), padded);
+    previous = token[k];
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> draft_chain(const Tensor& base, const Tensor& w1, const Tensor& w2,
+                                               const Tensor& anchor, const Tensor& temperature, const Tensor& uniform,
+                                               int64_t top, const Tensor& confidence_base, const Tensor& confidence_w) {
+  const int64_t R = base.size(0), K = base.size(1), V = base.size(2), rank = w1.size(1);
+  Tensor token = at::empty({R, K}, base.options().dtype(at::kLong)), confidence = confidence_base.to(at::kFloat).clone();
+  Tensor q = at::zeros({R, K, V}, base.options().dtype(at::kFloat));
+  const bool sees_token = confidence_w.numel() > 0;
+  Tensor padded = at::zeros({(rank + LANES - 1) / LANES * LANES}, confidence.options());
+  if (sees_token) padded.slice(0, 0, rank).copy_(confidence_w);
+  const Tensor basec = base.contiguous(), anchorc = anchor.contiguous(), temperaturec = temperature.contiguous(),
+               uniformc = uniform.contiguous();
+  const int threads = at::get_num_threads();
+  auto run_all = [&]<typename Scalar>(Scalar) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && R > 1)
+    for (int64_t r = 0; r < R; ++r)
+      chain_of(basec.const_data_ptr<Scalar>() + r * K * V, w1.const_data_ptr<Scalar>(), w2.const_data_ptr<Scalar>(),
+               anchorc.const_data_ptr<int64_t>()[r], K, V, rank, top, temperaturec.const_data_ptr<double>()[r],
+               uniformc.const_data_ptr<double>() + r * K, padded.const_data_ptr<float>(),
+               token.data_ptr<int64_t>() + r * K, q.data_ptr<float>() + r * K * V,
+               sees_token ? confidence.data_ptr<float>() + r * K : nullptr);
+  };
+  if (base.scalar_type() == at::kFloat) run_all(float{});
+  else run_all(at::BFloat16{});
+  return {token, q, confidence};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(dspark, library) {
@@ -380,6 +490,9 @@ TORCH_LIBRARY_FRAGMENT(dspark, library) {
   library.def(
       "ragged_attention(Tensor q, Tensor k, Tensor v, Tensor pool_k, Tensor pool_v, Tensor table, Tensor cu, "
       "Tensor context, int page_size, float scale, bool causal, int window, float softcap) -> Tensor");
+  library.def(
+      "draft_chain(Tensor base, Tensor w1, Tensor w2, Tensor anchor, Tensor temperature, Tensor uniform, int top, "
+      "Tensor confidence_base, Tensor confidence_w) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(dspark, CPU, library) {
@@ -388,6 +501,7 @@ TORCH_LIBRARY_IMPL(dspark, CPU, library) {
   library.impl("linear3", linear3);
   library.impl("store", store);
   library.impl("ragged_attention", ragged_attention);
+  library.impl("draft_chain", draft_chain);
 }
 
 // ---- the same ops as plain C functions, which compiled graphs call without the dispatcher ---------------------------

@@ -1,0 +1,81 @@
+"""Draws a block left to right under a vanilla Markov head, for requests that sample by temperature alone.
+
+R requests, K block slots, C candidates, V vocabulary, r Markov rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark.ops.cpu import load_kernels
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Tempered:
+    """How requests sample when nothing but temperature shapes their laws."""
+
+    temperature_R: Tensor  # float64, 0 for the largest logit
+    uniform_RK: Tensor  # float64 in (0, 1], one number a draw
+
+
+def draft_chain(
+    base_RKV: Tensor,
+    w1_Vr: Tensor,
+    w2_Vr: Tensor,
+    anchor_R: Tensor,
+    tempered: Tempered,
+    top: int,
+    confidence_RK: Tensor,
+    confidence_r: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [R, K], the laws they were drawn from [R, K, V] in float32, confidence logits [R, K].
+
+    Slot k draws from softmax((U_k + W2 W1[x_{k-1}]) / temperature), restricted to the `top` largest of U_k if top > 0
+    (DSpark, eqs. 4–5), by inverse CDF in token order. Confidence logits are `confidence_RK` + W1[x_{k-1}]·confidence_r
+    (eq. 7); an empty `confidence_r` leaves them as they are.
+    """
+    kernel = base_RKV.device.type == "cpu" and base_RKV.dtype in KERNEL_DTYPES and load_kernels()
+    run = torch.ops.dspark.draft_chain if kernel else draft_chain_plain
+    rest = (tempered.temperature_R, tempered.uniform_RK, top, confidence_RK, confidence_r)
+    return run(base_RKV, w1_Vr, w2_Vr, anchor_R, *rest)
+
+
+def draft_chain_plain(
+    base_RKV: Tensor,
+    w1_Vr: Tensor,
+    w2_Vr: Tensor,
+    anchor_R: Tensor,
+    temperature_R: Tensor,
+    uniform_RK: Tensor,
+    top: int,
+    confidence_RK: Tensor,
+    confidence_r: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification of the kernel, slot by slot."""
+    wide = torch.promote_types(base_RKV.dtype, torch.float32)
+    previous_R, tokens, laws, confidences = anchor_R, [], [], []
+    for slot in range(base_RKV.shape[1]):
+        base_RV = base_RKV[:, slot].to(wide)
+        embedding_Rr = w1_Vr[previous_R].to(wide)
+        logits_RV = base_RV + embedding_Rr @ w2_Vr.to(wide).T
+        if 0 < top < base_RV.shape[1]:
+            order_RC = base_RV.argsort(dim=1, descending=True, stable=True)[:, :top]
+            kept_RV = torch.zeros_like(base_RV, dtype=torch.bool).scatter_(1, order_RC, True)
+            logits_RV = logits_RV.masked_fill(~kept_RV, float("-inf"))
+        largest_R = logits_RV.argmax(1)
+        one_hot_RV = torch.zeros_like(logits_RV).scatter_(1, largest_R[:, None], 1.0)
+        safe_R1 = torch.where(temperature_R > 0, temperature_R, 1.0)[:, None]
+        law_RV = torch.where(temperature_R[:, None] > 0, (logits_RV / safe_R1).softmax(1), one_hot_RV.double())
+        cumulative_RV = law_RV.double().cumsum(1)
+        aim_R1 = cumulative_RV[:, -1:] * uniform_RK[:, slot, None]
+        previous_R = torch.searchsorted(cumulative_RV, aim_R1).squeeze(1).clamp_(max=base_RV.shape[1] - 1)
+        tokens.append(previous_R)
+        laws.append(law_RV.float())
+        seen_R = embedding_Rr @ confidence_r.to(wide) if len(confidence_r) else 0.0
+        confidences.append((confidence_RK[:, slot].to(wide) + seen_R).float())
+    return torch.stack(tokens, 1), torch.stack(laws, 1), torch.stack(confidences, 1)

@@ -1,0 +1,59 @@
+"""The fused sequential head draws what its plain twin draws, from the law it reports."""
+
+import pytest
+import torch
+
+from dspark.ops.chain import Tempered, draft_chain, draft_chain_plain
+from dspark.ops.cpu import load_kernels
+
+R, K, V, RANK = 5, 4, 97, 24
+
+
+def case(dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    base = normal(R, K, V)
+    base[:, :, 40] = base[:, :, 41]  # equals: the lower token comes first
+    anchor = torch.randint(0, V, (R,), generator=generator)
+    uniform = torch.rand(R, K, generator=generator, dtype=torch.float64)
+    temperature = torch.tensor([0.0, 1.0, 0.3, 2.0, 0.0], dtype=torch.float64)
+    return base, normal(V, RANK), normal(V, RANK), anchor, temperature, uniform
+
+
+@pytest.mark.skipif(not load_kernels(), reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top", [0, 1, 7, 96, 200])
+@pytest.mark.parametrize("sees_token", [True, False])
+def test_kernel_equals_its_plain_twin(dtype, top, sees_token):
+    base, w1, w2, anchor, temperature, uniform = case(dtype)
+    confidence = torch.randn(R, K)
+    weight = torch.randn(RANK) if sees_token else torch.empty(0)
+    want = draft_chain_plain(base, w1, w2, anchor, temperature, uniform, top, confidence, weight)
+    got = draft_chain(base, w1, w2, anchor, Tempered(temperature, uniform), top, confidence, weight)
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got[2], want[2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[1].sum(2), torch.ones(R, K))
+    if 0 < top < V:
+        assert ((got[1] > 0).sum(2) <= top).all()
+
+
+def test_tokens_follow_the_reported_law():
+    """Chi-square of 20 000 first-slot draws; the bound is the 1 − 1e-6 quantile for the degrees of freedom."""
+    base, w1, w2, *_ = case(torch.float32)
+    draws, top = 20_000, 9
+    uniform = torch.rand(draws, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    temperature = torch.full((draws,), 1.3, dtype=torch.float64)
+    anchor = torch.full((draws,), 3)
+    no_confidence = (torch.zeros(draws, 1), torch.empty(0))
+    one = base[:1, :1].expand(draws, 1, V).contiguous()
+    token, law, _ = draft_chain(one, w1, w2, anchor, Tempered(temperature, uniform), top, *no_confidence)
+    expected = law[0, 0].double() * draws
+    counted = torch.bincount(token[:, 0], minlength=V).double()
+    kept = expected > 0
+    assert counted[~kept].sum() == 0
+    statistic = ((counted - expected)[kept] ** 2 / expected[kept]).sum().item()
+    assert statistic < 45.0  # chi-square with 8 degrees of freedom: 1e-6 beyond 43
