@@ -93,7 +93,8 @@ def replay_infer(drafter: torch.nn.Module, io: Reference) -> Errors:
             sampler=sampler,
         )
         draft = drafter.propose(context)
-        actual = {"block_hidden": captured["hidden"], "base_logits": captured["base"]}
+        blocks = {"block_hidden": captured["hidden"], "base_logits": captured["base"]}
+        actual = {name: x_TD.unflatten(0, (requests, -1)) for name, x_TD in blocks.items()}
         actual["draft_logits"] = torch.stack(sampler.seen, dim=1)
         actual["greedy_tokens"] = actual["draft_logits"].argmax(-1)
         if f"infer.{r}.confidence_logits" in io:

@@ -44,7 +44,7 @@ class Watched:
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
         self.taps, self.block_size = drafter.taps, drafter.block_size
-        self.extend, self.allocate = drafter.extend, drafter.allocate
+        self.extend, self.allocate, self.compile_forwards = drafter.extend, drafter.allocate, drafter.compile_forwards
         self.last: Draft | None = None
 
     def propose(self, context: DraftContext) -> Draft:

@@ -12,6 +12,8 @@ from typing import Protocol
 from torch import Tensor
 
 from dspark.models.batch import Ragged
+from dspark.models.compiled import SwappableGraph
+from dspark.ops.chain import Tempered
 
 
 class TokenSampler(Protocol):
@@ -33,6 +35,7 @@ class DraftContext:
     request_ids: Sequence[int]
     history: Sequence[Sequence[int]]  # committed token ids of each request, anchor last
     sampler: TokenSampler
+    tempered: Tempered | None = None  # how `sampler` draws, where temperature alone shapes every request's law
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,10 @@ class Drafter(Protocol):
 
     def allocate(self, pages: int, page_size: int) -> None:
         """Make the context pools for a target pool of this size."""
+        ...
+
+    def compile_forwards(self) -> Sequence[SwappableGraph]:
+        """Start compiling what pays, after `allocate`; returns the graphs, none where there is nothing to compile."""
         ...
 
     def extend(self, batch: Ragged, taps_TD: Tensor | None) -> None:

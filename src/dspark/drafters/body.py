@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dspark.drafters.backbone import Backbone, Pools
 from dspark.drafters.base import DraftContext
 from dspark.models.batch import Ragged
+from dspark.models.compiled import SwappableGraph
 from dspark.ops.attention import store
 
 
@@ -52,40 +53,87 @@ class Body(nn.Module):
         """Make the context pools, addressed by the target's page table."""
         self.page_size = page_size
         self.pools = self.backbone.allocate(pages * page_size)
+        identity = f"{self.backbone.config} {self.pools[0][0].dtype} {page_size} {self.embed_tokens.weight.shape}"
+        self._block = SwappableGraph(BlockForward(self, page_size), f"block {identity}")
+        self._context = SwappableGraph(ContextForward(self.backbone), f"context {identity}")
+
+    def compile_forwards(self) -> tuple[SwappableGraph, SwappableGraph]:
+        """Compile both forwards or load them from the cache; they run eagerly until that is done."""
+        pools = [x.new_zeros(8 * self.page_size, *x.shape[1:]) for x in flat(self.pools)]
+        config, order_T = self.backbone.config, torch.arange(6)
+        table_RP, context_R = torch.tensor([[1, 2], [3, 4]]).int(), torch.tensor([2, 3]).int()
+        self._block.prepare((order_T, order_T, table_RP, torch.tensor([0, 3, 6]).int(), context_R, *pools))
+        taps_TD = torch.randn(6, config.tap_count * config.hidden_size).to(pools[0].dtype)
+        self._context.prepare((taps_TD, order_T, order_T, *pools))
+        return self._block, self._context
 
     @torch.inference_mode()
     def extend(self, batch: Ragged, taps_TD: Tensor) -> None:
         """Project the taps of committed tokens to every layer's keys and values and store them."""
-        projected = self.backbone.project(taps_TD, batch.position_T)
-        for (key, value), (pool_key, pool_value) in zip(projected, self.pools, strict=True):
-            store(key, value, pool_key, pool_value, batch.slot_T)
+        self._context(taps_TD, batch.position_T, batch.slot_T, *flat(self.pools))
 
-    def inputs(self, anchor: Tensor, slots: int) -> Tensor:
-        """Embeddings [..., slots (+1), D]: the anchor's, then the mask token's."""
+    def ids(self, anchor: Tensor, slots: int) -> Tensor:
+        """Input tokens [..., slots (+1)]: the anchor, then the mask token."""
         ids = anchor.new_full((*anchor.shape, slots + self.skip), self.mask_token_id)
         ids[..., 0] = anchor
-        return self.embed_tokens(ids)
+        return ids
 
-    def hidden(self, context: DraftContext) -> Tensor:
-        """Final hidden states [R, K, D] of one block a request."""
+    def draft(self, context: DraftContext) -> tuple[Tensor, Tensor]:
+        """Final hidden states [R, K, D] and base logits [R, K, V] of one block a request."""
         requests, width = len(context.anchor_R), context.slots + self.skip
         offset = torch.arange(width, device=context.anchor_R.device)
         cu_query_R1 = torch.arange(requests + 1, dtype=torch.int32, device=offset.device) * width
-        hidden_TD = self.backbone(
-            self.inputs(context.anchor_R, context.slots).flatten(0, 1),
+        hidden_TD, logits_TV = self._block(
+            self.ids(context.anchor_R, context.slots).flatten(),
             (context.position_R[:, None] + offset).flatten(),
-            self.pools,
             context.page_table_RP,
             cu_query_R1,
             context.position_R.to(torch.int32),
-            self.page_size,
+            *flat(self.pools),
         )
-        return hidden_TD.unflatten(0, (requests, width))[:, self.skip :]
+        blocks = (x.unflatten(0, (requests, width))[:, self.skip :] for x in (hidden_TD, logits_TV))
+        return next(blocks), next(blocks)
 
     def blocks(self, token_BS: Tensor, taps_BSD: Tensor, anchor_BA: Tensor, slots: int) -> Tensor:
         """Final hidden states [B, A, K, D] of many blocks a sequence, for training."""
-        inputs_BAKD = self.inputs(token_BS.gather(1, anchor_BA), slots)
+        inputs_BAKD = self.embed_tokens(self.ids(token_BS.gather(1, anchor_BA), slots))
         return self.backbone.blocks(inputs_BAKD, anchor_BA, taps_BSD)[:, :, self.skip :]
+
+
+def flat(pools: Pools) -> list[Tensor]:
+    """Keys and values of every layer, one after the other."""
+    return [pool for pair in pools for pool in pair]
+
+
+class BlockForward(nn.Module):
+    """(ids, positions, page table, cu, context lengths, pools…) → hidden states and base logits of every input."""
+
+    def __init__(self, body: Body, page_size: int) -> None:
+        super().__init__()
+        self.embed_tokens, self.backbone, self.lm_head = body.embed_tokens, body.backbone, body.lm_head
+        self.page_size = page_size
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """([T, D], [T, V])."""
+        ids_T, position_T, *lengths = tensors[:5]
+        pools = tuple(zip(tensors[5::2], tensors[6::2], strict=True))
+        hidden_TD = self.backbone(self.embed_tokens(ids_T), position_T, pools, *lengths, self.page_size)
+        return hidden_TD, self.lm_head(hidden_TD)
+
+
+class ContextForward(nn.Module):
+    """(taps, positions, slots, pools…): projects committed tokens and stores their keys and values."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, taps_TD: Tensor, position_T: Tensor, slot_T: Tensor, *pools: Tensor) -> tuple[Tensor]:
+        """The slots after the last, so that the graph has a result."""
+        projected = self.backbone.project(taps_TD, position_T)
+        for (key, value), pool_key, pool_value in zip(projected, pools[::2], pools[1::2], strict=True):
+            store(key, value, pool_key, pool_value, slot_T)
+        return (slot_T + 1,)
 
 
 def following(token_BS: Tensor, anchor_BA: Tensor, slots: int, shift: int = 0) -> Tensor:

@@ -5,12 +5,15 @@ R requests, K block slots, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from dspark.drafters.base import Draft, DraftContext
 from dspark.drafters.body import BlockLogits, Body, certainty
 from dspark.models.batch import Ragged
+from dspark.models.compiled import SwappableGraph
 
 
 class DFlash(nn.Module):
@@ -25,6 +28,9 @@ class DFlash(nn.Module):
     def allocate(self, pages: int, page_size: int) -> None:
         self.body.allocate(pages, page_size)
 
+    def compile_forwards(self) -> Sequence[SwappableGraph]:
+        return self.body.compile_forwards()
+
     def extend(self, batch: Ragged, taps_TD: Tensor | None) -> None:
         assert taps_TD is not None, "DFlash reads the target's hidden states"
         self.body.extend(batch, taps_TD)
@@ -32,7 +38,7 @@ class DFlash(nn.Module):
     @torch.inference_mode()
     def propose(self, context: DraftContext) -> Draft:
         """Confidence is the largest probability of the untempered base logits: it knows nothing of the draw."""
-        base_RKV = self.body.lm_head(self.body.hidden(context))
+        _, base_RKV = self.body.draft(context)
         drawn = [context.sampler.draw(base_RKV[:, slot], slot) for slot in range(context.slots)]
         return Draft(
             token_RK=torch.stack([token_R for token_R, _ in drawn], dim=1),

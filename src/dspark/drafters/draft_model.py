@@ -5,12 +5,15 @@ R requests, K block slots, T tokens, V the target's vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dspark.drafters.base import Draft, DraftContext
 from dspark.drafters.body import certainty
 from dspark.models.batch import Ragged
+from dspark.models.compiled import SwappableGraph
 from dspark.models.pages import SCRATCH_PAGE, KVPool
 from dspark.models.target import Target
 
@@ -32,6 +35,9 @@ class DraftModel:
 
     def allocate(self, pages: int, page_size: int) -> None:
         self.pool = self.model.allocate(pages, page_size)
+
+    def compile_forwards(self) -> Sequence[SwappableGraph]:
+        return (self.model.compile((), self.pool.page_size),)
 
     def extend(self, batch: Ragged, taps_TD: Tensor | None) -> None:
         self.model.forward(batch, self.pool, batch.cu_query_R1.new_zeros(0, dtype=torch.long))

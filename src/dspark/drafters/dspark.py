@@ -5,6 +5,8 @@ R requests, K block slots, C candidates of a restricted head, V vocabulary, D hi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,8 @@ from dspark.drafters.base import Draft, DraftContext, TokenSampler
 from dspark.drafters.body import BlockLogits, Body, certainty, following
 from dspark.drafters.heads import ConfidenceHead, VanillaMarkov
 from dspark.models.batch import Ragged
+from dspark.models.compiled import SwappableGraph
+from dspark.ops.chain import Tempered, draft_chain
 
 
 class DSpark(nn.Module):
@@ -42,15 +46,31 @@ class DSpark(nn.Module):
     def allocate(self, pages: int, page_size: int) -> None:
         self.body.allocate(pages, page_size)
 
+    def compile_forwards(self) -> Sequence[SwappableGraph]:
+        return self.body.compile_forwards()
+
     def extend(self, batch: Ragged, taps_TD: Tensor | None) -> None:
         assert taps_TD is not None, "DSpark reads the target's hidden states"
         self.body.extend(batch, taps_TD)
 
     @torch.inference_mode()
     def propose(self, context: DraftContext) -> Draft:
-        hidden_RKD = self.body.hidden(context)
-        base_RKV = self.body.lm_head(hidden_RKD)
+        hidden_RKD, base_RKV = self.body.draft(context)
+        head = self.confidence_head
+        if context.tempered is not None and head is not None and type(self.markov_head) is VanillaMarkov:
+            return self.chain(context.anchor_R, hidden_RKD, base_RKV, context.tempered, head)
         return self.sequential(context.anchor_R, hidden_RKD, base_RKV, context.sampler)
+
+    def chain(
+        self, anchor_R: Tensor, hidden_RKD: Tensor, base_RKV: Tensor, tempered: Tempered, head: ConfidenceHead
+    ) -> Draft:
+        """What `sequential` does, in one kernel, for a vanilla head and requests that sample by temperature alone."""
+        w1_Vr, w2_Vr = self.markov_head.markov_w1.weight, self.markov_head.markov_w2.weight
+        seen_RK, seen_r = head.split(hidden_RKD)
+        token_RK, law_RKV, logit_RK = draft_chain(
+            base_RKV, w1_Vr, w2_Vr, anchor_R, tempered, self.markov_top_k, seen_RK, seen_r
+        )
+        return Draft(token_RK, law_RKV, torch.sigmoid(logit_RK), [token_RK.shape[1]] * len(anchor_R))
 
     def sequential(self, anchor_R: Tensor, hidden_RKD: Tensor, base_RKV: Tensor, sampler: TokenSampler) -> Draft:
         """Draw the block left to right; slot 1's previous token is the anchor (DSpark, eqs. 4–7)."""

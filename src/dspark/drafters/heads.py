@@ -74,6 +74,11 @@ class ConfidenceHead(nn.Module):
         self.rank = rank  # 0: the head sees h_k alone
         self.proj = nn.Linear(hidden + rank, 1)
 
+    def split(self, hidden_D: Tensor) -> tuple[Tensor, Tensor]:
+        """What the hidden states [..., D] say, [...], and the weight [r] of the previous token's embedding, float32."""
+        weight, width = self.proj.weight[0].float(), hidden_D.shape[-1]
+        return hidden_D.float() @ weight[:width] + self.proj.bias.float(), weight[width:]
+
     def forward(self, hidden_D: Tensor, embedding_r: Tensor) -> Tensor:
         seen = torch.cat((hidden_D, embedding_r), dim=-1) if self.rank else hidden_D
         return self.proj(seen).squeeze(-1)

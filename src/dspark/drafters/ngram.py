@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dspark.drafters.base import Draft, DraftContext
 from dspark.models.batch import Ragged
+from dspark.models.compiled import SwappableGraph
 
 MATCH_CONFIDENCE = (0.0, 0.25, 0.5, 0.65, 0.75)
 """Prior chance that a drafted token is accepted, by how many tokens matched; calibration refines it."""
@@ -35,6 +36,10 @@ class NGram:
 
     def allocate(self, pages: int, page_size: int) -> None:
         """Nothing to keep: the history arrives with every round."""
+
+    def compile_forwards(self) -> Sequence[SwappableGraph]:
+        """Nothing to compile."""
+        return ()
 
     def extend(self, batch: Ragged, taps_TD: Tensor | None) -> None:
         """Nothing to keep."""
@@ -72,6 +77,10 @@ class NoDraft:
 
     def allocate(self, pages: int, page_size: int) -> None:
         """Nothing to keep."""
+
+    def compile_forwards(self) -> Sequence[SwappableGraph]:
+        """Nothing to compile."""
+        return ()
 
     def extend(self, batch: Ragged, taps_TD: Tensor | None) -> None:
         """Nothing to keep."""

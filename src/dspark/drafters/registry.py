@@ -62,17 +62,8 @@ def load_drafter(
                 f"pass --block-size {drafter.block_size} or less"
             )
         drafter.block_size = block_size
-    pack(drafter)
+    pack_linears(drafter.body)  # the sequential head's kernel reads its small matrices by rows
     return drafter
-
-
-def pack(drafter: DSpark | DFlash) -> None:
-    """Weights in the CPU kernel's layout, where there is one; a restricted head reads W2 by rows and keeps it plain."""
-    heads = [drafter.markov_head] if isinstance(drafter, DSpark) and drafter.markov_top_k else []
-    plain = [head.markov_w2 for head in heads]
-    pack_linears(drafter)
-    for head, weight in zip(heads, plain, strict=True):
-        head.markov_w2 = weight
 
 
 def load_draft_model(directory: Path, target: Target, parts: TargetParts, block_size: int) -> DraftModel:

@@ -11,6 +11,7 @@ from dspark.common.errors import UserError
 from dspark.models.target import Target
 
 CPU_POOL_BYTES = 1 << 30
+WORTH_COMPILING = 1 << 20  # parameters; a smaller model runs faster than its graph compiles
 CUDA_POOL_SHARE = 0.7  # of the memory free after the weights are loaded
 
 
@@ -24,7 +25,7 @@ class EngineConfig:
     max_step_tokens: int = 512  # rows of one target forward: anchors, drafts and prefill together
     max_draft: int | None = None  # drafted tokens per round; None is the drafter's block size
     prefix_caching: bool = True
-    compile: bool = False  # the forward, in the background where it is not cached yet; eager until it is ready
+    compile: bool = True  # forwards of models past WORTH_COMPILING, in the background; eager until they are ready
     seed: int | None = None  # makes the seeds of requests that bring none reproducible
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from dspark.drafters.base import Draft, DraftContext, Drafter
 from dspark.engine.assemble import Assembled
 from dspark.models.batch import Ragged
+from dspark.models.compiled import SwappableGraph
 from dspark.models.target import Target
 
 
@@ -42,6 +43,10 @@ class Runner:
         self.pool = target.allocate(pages, page_size)
         self.timings = Timings()
         drafter.allocate(pages, page_size)
+
+    def compile(self) -> list[SwappableGraph]:
+        """Start compiling every forward, or load it from the cache; each is used as soon as it is ready."""
+        return [self.target.compile(self.drafter.taps, self.pool.page_size), *self.drafter.compile_forwards()]
 
     def forward(self, step: Assembled) -> tuple[Tensor, Tensor | None]:
         """(logits_BV of the wanted rows, taps_TkD if the drafter reads any)."""

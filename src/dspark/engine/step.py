@@ -6,7 +6,7 @@ R requests, K draft slots, B rows with logits, V vocabulary, k taps.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from dspark.drafters.base import Draft, DraftContext, Drafter
 from dspark.drafters.ngram import NoDraft
 from dspark.engine.admission import Admission, Schedule
 from dspark.engine.assemble import Assembled, assemble, committed, page_table
-from dspark.engine.config import EngineConfig
+from dspark.engine.config import WORTH_COMPILING, EngineConfig
 from dspark.engine.intake import Intake
 from dspark.engine.laws import Laws, padded
 from dspark.engine.logprobs import log_probabilities
@@ -67,13 +67,19 @@ class EngineCore:
             headroom=block + HEADROOM,
         )
         self.requests: dict[int, Request] = {}
-        if config.compile:
-            target.compile(drafter.taps, config.page_size)
+        large = sum(p.numel() for p in target.model.state_dict().values()) >= WORTH_COMPILING
+        self.graphs = self.runner.compile() if config.compile and large else []
 
     @property
     def timings(self) -> Timings:
         """Time by phase since the engine was made."""
         return self.runner.timings
+
+    def wait_compiled(self, tick: Callable[[float], None] | None = None) -> bool:
+        """Block until the forwards are compiled, as a benchmark wants; whether they now are. `tick` gets seconds."""
+        for graph in self.graphs:
+            graph.wait(tick)
+        return all(graph.status == "compiled" for graph in self.graphs)
 
     @property
     def idle(self) -> bool:
@@ -150,6 +156,7 @@ class EngineCore:
             request_ids=[request.id for request in drafting],
             history=[request.tokens for request in drafting],
             sampler=sampler,
+            tempered=sampler.tempered,
         )
         return noise, padded(self.runner.propose(context), len(schedule.sampled))
 

@@ -65,6 +65,11 @@ class Shaping:
             penalized=any(p.penalized for p in params),
         )
 
+    @property
+    def truncated(self) -> bool:
+        """Whether any row cuts its law's tail."""
+        return self.top_k or self.top_p or self.min_p
+
     def repeat(self, rows: Sequence[int]) -> Shaping:
         """The shaping of a batch in which row b comes rows[b] times in a row (one request's 1 + ℓ positions)."""
         params = tuple(p for p, n in zip(self.params, rows, strict=True) for _ in range(n))
@@ -103,7 +108,7 @@ def shape(logits_BV: Tensor, shaping: Shaping, history: History | None = None) -
         return _one_hot(x_BV)
     tempered_BV = x_BV / shaping.knobs_PB1[0].to(x_BV.dtype) if shaping.tempered else x_BV
     probability_BV = tempered_BV.softmax(-1)
-    if shaping.top_k or shaping.top_p or shaping.min_p:
+    if shaping.truncated:
         probability_BV = _truncate(probability_BV, shaping)
     if shaping.mixed:
         probability_BV = torch.where(shaping.knobs_PB1[1] > 0, _one_hot(x_BV), probability_BV)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dspark.ops.chain import Tempered
 from dspark.ops.history import History
 from dspark.ops.sampling import Shaping, shape
 from dspark.speculation.noise import RoundNoise
@@ -19,6 +20,15 @@ class DraftSampler:
         self.shaping = shaping
         self.noise = noise
         self.history = history  # of the committed tokens; only penalties need it
+
+    @property
+    def tempered(self) -> Tempered | None:
+        """Temperatures and numbers of every request, where nothing else shapes a law; None otherwise."""
+        shaping = self.shaping
+        if shaping.truncated or shaping.penalized or shaping.bias is not None or self.noise.coupled:
+            return None
+        temperature_R = shaping.knobs_PB1[0, :, 0] * (1 - shaping.knobs_PB1[1, :, 0])
+        return Tempered(temperature_R, self.noise.draft_RK)
 
     def draw(self, logits_RV: Tensor, slot: int) -> tuple[Tensor, Tensor]:
         """Draw slot `slot` of every request: (token_R, the law probability_RV it came from).
