@@ -77,8 +77,16 @@ def exponential_noise(seed_B: Tensor, counter_B: Tensor, vocabulary: int, stream
     x_BV ^= (x_BV >> 13).bitwise_and_(0x7FFFF)
     x_BV *= _FMIX_2
     x_BV ^= (x_BV >> 16).bitwise_and_(0xFFFF)
+    return exponential_of_bits(x_BV)
+
+
+def exponential_of_bits(x_BV: Tensor) -> Tensor:
+    """-log(1 - u) for u = the low 31 bits of an int32 tensor, the last one set, over 2^31; overwrites its argument.
+
+    The midpoints of 2^30 cells: u is never 0, and rounded to float32 never 1.
+    """
     x_BV &= 0x7FFFFFFF
-    x_BV |= 1  # midpoints of a grid of 2^30 cells: never 0, and -log(1 - u) below is never infinite
+    x_BV |= 1
     return x_BV.to(torch.float32).mul_(-_BELOW_ONE * 2.0**-31).log1p_().neg_()
 
 

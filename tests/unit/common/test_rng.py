@@ -1,5 +1,7 @@
 """Streams are functions of their key alone, uniform, and independent across everything that a key is made of."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from dspark.common.rng import (
     DRAFT,
     RESIDUAL,
     exponential_noise,
+    exponential_of_bits,
     gumbel_noise,
     uniform,
     uniform_array,
@@ -29,8 +32,11 @@ def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
     return float((statistic - freedom) / (2 * freedom) ** 0.5)
 
 
-def test_known_values():
-    """splitmix64 of Steele et al. under our keying, worked out with whole numbers in plain Python."""
+KEYS = [(0, 0, DRAFT), (1, 2, ACCEPT), (2**63 - 1, 2**40 + 3, COUPLED), (12345, 7, RESIDUAL)]
+
+
+def plain_hash(seed: int, counter: int, stream: int) -> int:
+    """splitmix64 of Steele et al. under our keying, with whole numbers in plain Python."""
 
     def mix(x: int) -> int:
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
@@ -38,8 +44,36 @@ def test_known_values():
         return x ^ x >> 31
 
     golden = 0x9E3779B97F4A7C15
-    for seed, counter, stream in [(0, 0, DRAFT), (1, 2, ACCEPT), (2**63 - 1, 2**40 + 3, COUPLED), (12345, 7, RESIDUAL)]:
-        bits = mix((mix((seed + stream * golden) % 2**64) + counter * golden) % 2**64)
+    return mix((mix((seed + stream * golden) % 2**64) + counter * golden) % 2**64)
+
+
+def plain_exponential(key: int, token: int) -> float:
+    """murmur3's finaliser with the low half of the key before and the high half inside."""
+    x = token * 0x9E3779B1 % 2**32 ^ key % 2**32
+    x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+    x = (x + (key >> 32)) % 2**32
+    x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+    x = x ^ x >> 16
+    return -math.log1p(-(x % 2**31 | 1) / 2**31)
+
+
+def test_exponentials_are_the_hash_in_whole_numbers():
+    for seed, counter, stream in KEYS:
+        found = exponential_noise(torch.tensor([seed]), torch.tensor([counter]), 400, stream)[0].tolist()
+        wanted = [plain_exponential(plain_hash(seed, counter, stream), token) for token in range(400)]
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_no_exponential_is_zero_or_infinite():
+    """Not even where the hash is 0 or all ones: 0 / 0 would win a race, and p / inf would lose a sure one."""
+    assert exponential_of_bits(torch.tensor([0, 2**31 - 1, -1, -(2**31)], dtype=torch.int32)).tolist() == pytest.approx(
+        [2.0**-31, 24 * math.log(2), 24 * math.log(2), 2.0**-31], rel=1e-6
+    )
+
+
+def test_known_values():
+    for seed, counter, stream in KEYS:
+        bits = plain_hash(seed, counter, stream)
         found = uniform(torch.tensor([seed]), torch.tensor([counter]), stream)
         assert float(found) == ((bits >> 12) + 0.5) / 2**52
         array = uniform_array(np.array([seed]), np.array([counter]), np.array([stream]))
