@@ -63,6 +63,11 @@ class RoundNoise:
         draft_RK, accept_RK = uniforms[:, :slots], uniforms[:, slots : 2 * slots]
         return cls(draft_RK, accept_RK, final_R, loud, seeds, positions, still=all(greedy))
 
+    @property
+    def chosen(self) -> bool:
+        """Whether the committed token of every row is a choice made by the noise (or needs none): no request draws."""
+        return self.still or len(self.coupled) == len(self.seeds)
+
     def select(self, rows: Sequence[int]) -> RoundNoise:
         """The noise of some requests only, in the order given: for a draft that leaves requests out."""
         index = torch.tensor(rows, dtype=torch.int64, device=self.final_R.device)

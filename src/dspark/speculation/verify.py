@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dspark.drafters.base import Draft
 from dspark.ops.acceptance import accepts, residual
+from dspark.ops.rows import argmax
 from dspark.ops.sampling import draw, race, row_starts
 from dspark.speculation.noise import RoundNoise
 
@@ -47,7 +48,7 @@ def verify(draft: Draft | None, plan: Sequence[int], target_BV: Tensor, noise: R
         token_RL = draft.token_RK[:, :longest]
         accepted_R = _accepted(draft, token_RL, plan, start, target_BV, choice_B, noise)
         last_R, columns = start_R + accepted_R, [token_RL, accepted_R.unsqueeze(1)]
-    if choice_B is not None and len(noise.coupled) == len(plan):
+    if choice_B is not None and noise.chosen:
         final_R = choice_B[last_R]
     else:
         law_RV = target_BV[last_R]
@@ -76,7 +77,7 @@ def _accepted(
     longest, device = token_RL.shape[1], token_RL.device
     row_RL = torch.tensor([[s + min(k, n) for k in range(longest)] for s, n in zip(start, plan, strict=True)])
     row_RL = row_RL.to(device)
-    if choice_B is not None and len(noise.coupled) == len(plan):
+    if choice_B is not None and noise.chosen:
         accept_RL = choice_B[row_RL] == token_RL
     else:
         p_RL = target_BV[row_RL, token_RL]
@@ -98,7 +99,12 @@ def _after_rejection(p_RV: Tensor, draft: Draft, accepted_R: Tensor, plan: list[
 
 
 def _coupled_choices(target_BV: Tensor, plan: list[int], start: list[int], noise: RoundNoise) -> Tensor | None:
-    """The token the coupled rule commits at each row, int64 [B], -1 on other requests' rows; None without any."""
+    """The token the coupled rule commits at each row, int64 [B], -1 on other requests' rows; None without any.
+
+    When every law is a one-hot both rules commit its token, and the coupled one finds it with less work.
+    """
+    if noise.still:
+        return argmax(target_BV)
     if not noise.coupled:
         return None
     exponential_CKV = noise.exponential(target_BV.shape[1])
