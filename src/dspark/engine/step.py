@@ -105,7 +105,7 @@ class EngineCore:
 
     def step(self) -> list[Commit]:
         """Propose, plan, assemble, forward, verify, commit; returns what was committed to whom."""
-        started = time.perf_counter()
+        started = self.runner.clock()
         schedule = self.admission.schedule()
         if not (schedule.sampled or schedule.partial):
             return []
@@ -117,7 +117,7 @@ class EngineCore:
         self._extend(batch, taps_TkD, verdict)
         commits = self._commit(schedule, draft, verdict, logits_BV)
         self.timings.steps += 1
-        self.timings.total += time.perf_counter() - started
+        self.timings.total += self.runner.clock() - started
         return commits
 
     def forget_prefixes(self) -> None:
