@@ -82,6 +82,17 @@ def test_stream_joins_to_the_result_and_cancels(llm):
     llm.core.check_integrity()
 
 
+def test_streams_and_batches_interleave(llm):
+    wanted = [result.token_ids for result in llm.generate(["abc d", "b"], GREEDY)]
+    first, second = llm.stream("abc d", GREEDY), llm.stream("b", GREEDY)
+    tokens = [[*next(first).token_ids], [*next(second).token_ids]]
+    assert llm.generate("abc d", GREEDY)[0].token_ids == wanted[0]
+    for index, stream in enumerate((first, second)):
+        tokens[index] += [token for commit in stream for token in commit.token_ids]
+    assert tokens == wanted
+    assert llm.core.idle
+
+
 def test_one_bad_prompt_leaves_nothing_behind(llm):
     with pytest.raises(UserError, match="prompt is empty"):
         llm.generate(["ab", ""], GREEDY)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from engines import drafter, plain_model, prompts
+from engines import config, drafter, plain_model, prompts
+from transformers import Qwen3ForCausalLM
 
 from dspark.common.errors import UserError
 from dspark.engine.transformers_generate import Speculative
@@ -36,6 +37,21 @@ def test_sampling_follows_torchs_seed_and_repeats_rows():
     assert not torch.equal(outs[0][0], outs[0][1])
     as_dict = model.generate(input_ids, **options, custom_generate=method, return_dict_in_generate=True)
     assert as_dict.sequences.shape == (3, 14)
+
+
+def test_the_callers_model_stays_as_it_is_and_its_changes_are_seen():
+    model = Qwen3ForCausalLM._from_config(config(), dtype=torch.float32, attn_implementation="sdpa").eval()
+    method, input_ids = Speculative("ngram", page_size=4, pages=60), torch.tensor(prompts((6,)))
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    options = {"max_new_tokens": 8, "do_sample": False}
+    for _ in range(2):
+        assert torch.equal(
+            model.generate(input_ids, **options, custom_generate=method), model.generate(input_ids, **options)
+        )
+        assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+        model.lm_head.weight.data.copy_(model.lm_head.weight.roll(1, 0))
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.0)  # as an optimizer's step does, it counts as a change
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ class Admission:
         """The first `cached` tokens are committed and in the pages: full pages become findable."""
         request.cached = cached
         size = self.pool.page_size
-        if (request.published + 1) * size > cached:
+        if not self.pool.remember or (request.published + 1) * size > cached:
             return
         extend_names(request.names, request.tokens, size)
         while (request.published + 1) * size <= cached:
@@ -144,14 +144,19 @@ class Admission:
                 room = len(request.pages) * self.pool.page_size - request.cached - 1
                 schedule.limits[index] = min(want, room)
 
+    def _find(self, request: Request) -> list[int]:
+        """The cached pages a request can start with; its anchor is always computed."""
+        if not self.pool.remember:
+            return []
+        extend_names(request.names, request.tokens, self.pool.page_size)
+        return self.pool.find(request.names[: (len(request.tokens) - 1) // self.pool.page_size])
+
     def _admit(self, schedule: Schedule, left: int) -> None:
         """Start waiting requests whose tokens all fit now, one spare page for everyone already running."""
         size = self.pool.page_size
         while self.waiting and left > 0 and len(self.running) < self.config.max_running:
             request = self.waiting[0]
-            extend_names(request.names, request.tokens, size)
-            reach = (len(request.tokens) - 1) // size  # the anchor is always computed
-            pages = self.pool.find(request.names[:reach]) if self.pool.remember else []
+            pages = self._find(request)
             missing = -(-len(request.tokens) // size) - len(pages)
             if missing + len(self.running) > self.pool.available and self.running:
                 self.pool.release(pages)

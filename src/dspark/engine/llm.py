@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,7 @@ class LLM:
         self.core: EngineCore = build_engine(
             target, drafter, planner, device=device, dtype=dtype, tokenizer=tokenizer, **options
         )
+        self._mail: dict[int, deque[Commit]] = {}
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -83,26 +85,23 @@ class LLM:
         ids: list[int] = []
         try:
             for prompt, own in zip(asked, each, strict=True):
-                ids.append(self.core.add(prompt, own))
-            results = {i: Result() for i in ids}
-            while not all(result.finish_reason for result in results.values()):
-                for commit in self.core.step():
-                    if commit.request_id in results:
-                        results[commit.request_id].take(commit)
-        except BaseException:  # an interrupt too leaves nothing behind
-            for i in ids:
-                self.core.cancel(i)
-            raise
-        return [results[i] for i in ids]
+                ids.append(self._open(prompt, own))
+            results = [Result() for _ in ids]
+            for request_id, result in zip(ids, results, strict=True):
+                for commit in self._commits(request_id):
+                    result.take(commit)
+            return results
+        finally:  # an interrupt too leaves nothing behind
+            for request_id in ids:
+                self._close(request_id)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Commit]:
         """The commits of one prompt as they happen; leaving the loop early cancels the request."""
-        request_id = self.core.add(prompt, params)
+        request_id = self._open(prompt, params)
         try:
-            while request_id in self.core.requests:
-                yield from (commit for commit in self.core.step() if commit.request_id == request_id)
+            yield from self._commits(request_id)
         finally:
-            self.core.cancel(request_id)
+            self._close(request_id)
 
     def chat(
         self,
@@ -114,6 +113,26 @@ class LLM:
         several = bool(messages) and not isinstance(messages[0], dict)
         conversations: Sequence[Any] = messages if several else [messages]
         return self.generate([render_chat(self.tokenizer, one, **template_options) for one in conversations], params)
+
+    def _open(self, prompt: Prompt, params: SamplingParams | None) -> int:
+        request_id = self.core.add(prompt, params)
+        self._mail[request_id] = deque()
+        return request_id
+
+    def _commits(self, request_id: int) -> Iterator[Commit]:
+        """Step until this request is finished; what the steps commit to others waits in their mail."""
+        mail = self._mail[request_id]
+        while mail or request_id in self.core.requests:
+            if mail:
+                yield mail.popleft()
+                continue
+            for commit in self.core.step():
+                if commit.request_id in self._mail:
+                    self._mail[commit.request_id].append(commit)
+
+    def _close(self, request_id: int) -> None:
+        self.core.cancel(request_id)
+        del self._mail[request_id]
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

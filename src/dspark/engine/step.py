@@ -28,6 +28,7 @@ from dspark.models.target import Target
 from dspark.speculation.draft_sampler import DraftSampler
 from dspark.speculation.noise import RoundNoise
 from dspark.speculation.planner import Planner, parse_planner
+from dspark.speculation.statistics import SpeculationStatistics
 from dspark.speculation.survival import survival
 from dspark.speculation.verify import Verdict, verify
 
@@ -67,6 +68,7 @@ class EngineCore:
             headroom=block + HEADROOM,
         )
         self.requests: dict[int, Request] = {}
+        self.statistics = SpeculationStatistics()  # of all requests that have left
         large = sum(p.numel() for p in target.model.state_dict().values()) >= WORTH_COMPILING
         self.graphs = self.runner.compile() if config.compile and large else []
 
@@ -95,12 +97,12 @@ class EngineCore:
 
     def cancel(self, request_id: int) -> Commit | None:
         """Free everything a request holds; None if it is not here (any more)."""
-        request = self.requests.pop(request_id, None)
+        request = self.requests.get(request_id)
         if request is None:
             return None
-        self.admission.remove(request)
         request.finish_reason = "cancelled"
         request.statistics.finished = time.perf_counter()
+        self._leave(request)
         return Commit(request_id, [], "", 0, None, "cancelled", request.statistics)
 
     def step(self) -> list[Commit]:
@@ -205,8 +207,12 @@ class EngineCore:
                 )
             )
             if request.finish_reason:
-                self.admission.remove(request)
-                del self.requests[request.id]
+                self._leave(request)
         for request, rows in schedule.partial:
             self.admission.keep(request, request.cached + rows)
         return log_probabilities(schedule.sampled, commits, verdict.plan, logits_BV)
+
+    def _leave(self, request: Request) -> None:
+        self.admission.remove(request)
+        self.statistics.merge(request.statistics)
+        del self.requests[request.id]
