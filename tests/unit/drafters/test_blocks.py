@@ -1,8 +1,12 @@
 """Drafting over paged context equals the dense training pass, and no request sees another."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from drafting import HIDDEN, PAGE, VOCABULARY, Greedy, context_of, pages_of, ragged, random_drafter
+
+from dspark.ops.chain import Tempered
 
 KINDS = {
     "vanilla": {},
@@ -116,3 +120,20 @@ def test_confidence_of_a_slot_sees_only_tokens_before_it():
         one = drafter.propose(context_of([3], [9], table_RP, Forced([1, 2, 3, 4, 5])))
         two = drafter.propose(context_of([3], [9], table_RP, Forced([1, 2, 30, 40, 50])))
         assert torch.equal(one.confidence_RK[0, :3], two.confidence_RK[0, :3])
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "confidence of hidden alone"])
+@pytest.mark.parametrize("top_k", [0, 7])
+def test_the_kernel_of_the_sequential_head_drafts_what_the_sampler_would(kind, top_k):
+    drafter, _ = random_drafter(**KINDS[kind])
+    drafter.markov_top_k = top_k
+    drafted(drafter, [0, 1, 2])
+    tokens, _ = committed()
+    anchors, table_RP = [row[-1] for row in tokens], pages_of(LENGTHS)
+    one = drafter.propose(context_of(anchors, LENGTHS, table_RP, Greedy()))
+    context = context_of(anchors, LENGTHS, table_RP, None)
+    two = drafter.propose(
+        replace(context, tempered=Tempered(torch.zeros(3).double(), torch.full((3, 5), 0.5).double()))
+    )
+    assert torch.equal(one.token_RK, two.token_RK)
+    torch.testing.assert_close(one.confidence_RK, two.confidence_RK, rtol=1e-4, atol=1e-5)
