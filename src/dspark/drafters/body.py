@@ -94,10 +94,20 @@ class Body(nn.Module):
         blocks = (x.unflatten(0, (requests, width))[:, self.skip :] for x in (hidden_TD, logits_TV))
         return next(blocks), next(blocks)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Base logits [..., V] of final hidden states [..., D]."""
+        return softcapped(self.lm_head(hidden), self.backbone.config.logit_softcap)
+
     def blocks(self, token_BS: Tensor, taps_BSD: Tensor, anchor_BA: Tensor, slots: int) -> Tensor:
         """Final hidden states [B, A, K, D] of many blocks a sequence, for training."""
         inputs_BAKD = self.embed_tokens(self.ids(token_BS.gather(1, anchor_BA), slots))
+        inputs_BAKD = inputs_BAKD * self.backbone.config.embedding_scale
         return self.backbone.blocks(inputs_BAKD, anchor_BA, taps_BSD)[:, :, self.skip :]
+
+
+def softcapped(logits: Tensor, cap: float) -> Tensor:
+    """cap·tanh(x / cap) where the family does that to its logits; 0 for no cap."""
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def flat(pools: Pools) -> list[Tensor]:
@@ -117,8 +127,9 @@ class BlockForward(nn.Module):
         """([T, D], [T, V])."""
         ids_T, position_T, *lengths = tensors[:5]
         pools = tuple(zip(tensors[5::2], tensors[6::2], strict=True))
-        hidden_TD = self.backbone(self.embed_tokens(ids_T), position_T, pools, *lengths, self.page_size)
-        return hidden_TD, self.lm_head(hidden_TD)
+        inputs_TD = self.embed_tokens(ids_T) * self.backbone.config.embedding_scale
+        hidden_TD = self.backbone(inputs_TD, position_T, pools, *lengths, self.page_size)
+        return hidden_TD, softcapped(self.lm_head(hidden_TD), self.backbone.config.logit_softcap)
 
 
 class ContextForward(nn.Module):

@@ -22,7 +22,6 @@ SHAPE_FIELDS = (
     "num_attention_heads",
     "num_key_value_heads",
     "rms_norm_eps",
-    "hidden_act",
 )
 BLOCK_FIELDS = ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "enable_confidence_head")
 EAGLE_FIELDS = ("target_layer_ids", "ttt_length")
@@ -86,7 +85,8 @@ def parse(raw: Mapping[str, Any], origin: str) -> DrafterConfig:
         known = "Qwen3DSparkModel, Qwen3Eagle3Model"
         raise UserError(f"{origin}: architectures {raw.get('architectures')!r} is no drafter; known are {known}")
     own = EAGLE_FIELDS if kind == "eagle3" else BLOCK_FIELDS
-    check_fields(raw, (*SHAPE_FIELDS, *own), origin)
+    activation = "hidden_activation" if "hidden_activation" in raw else "hidden_act"
+    check_fields(raw, (*SHAPE_FIELDS, activation, *own), origin)
     if raw["model_type"] not in FAMILIES:
         raise UserError(
             f"{origin}: model_type {raw['model_type']!r} has no drafter block here; known are {', '.join(FAMILIES)}"

@@ -50,4 +50,4 @@ class DFlash(nn.Module):
     def forward(self, token_BS: Tensor, taps_BSD: Tensor, anchor_BA: Tensor) -> BlockLogits:
         """Every block of every sequence, for training."""
         hidden_BAKD = self.body.blocks(token_BS, taps_BSD, anchor_BA, self.block_size)
-        return BlockLogits(self.body.lm_head(hidden_BAKD), None)
+        return BlockLogits(self.body.logits(hidden_BAKD), None)

@@ -113,7 +113,7 @@ class DSpark(nn.Module):
         previous_BAK = following(token_BS, anchor_BA, self.block_size)
         embedding_BAKr = self.markov_head.markov_w1(previous_BAK)
         latent_BAKr = self.markov_head.unroll(embedding_BAKr, hidden_BAKD)
-        logits_BAKV = self.body.lm_head(hidden_BAKD) + self.markov_head.markov_w2(latent_BAKr)
+        logits_BAKV = self.body.logits(hidden_BAKD) + self.markov_head.markov_w2(latent_BAKr)
         if self.confidence_head is None:
             return BlockLogits(logits_BAKV, None)
         return BlockLogits(logits_BAKV, self.confidence_head(hidden_BAKD, embedding_BAKr))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dspark.drafters.body import following
+from dspark.drafters.body import following, softcapped
 from dspark.models.taps import check_taps, decoder_of
 
 
@@ -25,6 +25,7 @@ class OnlineTarget:
     def __init__(self, model: nn.Module, taps: Sequence[int]) -> None:
         self.head: Any = model.get_output_embeddings()  # type: ignore[operator]
         self.decoder: Any = decoder_of(model)
+        self.softcap = getattr(self.decoder.config, "final_logit_softcapping", None) or 0.0
         self.taps = tuple(taps)
         self.seen = threading.local()
         check_taps(taps, len(self.decoder.layers))
@@ -48,4 +49,4 @@ class OnlineTarget:
         order_BS = torch.arange(last_BSD.shape[1], device=last_BSD.device).expand(last_BSD.shape[:2])
         place_BN = following(order_BS, anchor_BA, slots).flatten(1)
         wanted_BND = last_BSD.gather(1, place_BN[..., None].expand(-1, -1, last_BSD.shape[-1]))
-        return self.head(wanted_BND).view(*anchor_BA.shape, slots, -1)
+        return softcapped(self.head(wanted_BND), self.softcap).view(*anchor_BA.shape, slots, -1)
