@@ -57,7 +57,8 @@ def test_layers(name):
         mask = torch.zeros(1, 1, 6, 6)  # all see all
         expected = model(inputs_embeds=inputs_1TD, attention_mask=mask, use_cache=False).last_hidden_state
         anchor_BA = torch.zeros(1, 1, dtype=torch.long)
-        block = backbone.blocks(inputs_1TD[:, None], anchor_BA, torch.zeros(1, 1, 32))  # context at 0 is no context of anchor 0
+        unseen_1SD = torch.zeros(1, 1, 32)  # context at 0 is none for an anchor at 0
+        block = backbone.blocks(inputs_1TD[:, None], anchor_BA, unseen_1SD)
     torch.testing.assert_close(block[0, 0], expected[0], rtol=1e-4, atol=1e-4)
 
 
