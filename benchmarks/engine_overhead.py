@@ -48,12 +48,14 @@ def make_config(vocabulary: int, *, layers: int = 2) -> Qwen3Config:
 
 
 def make_engine(vocabulary: int, block: int) -> EngineCore:
-    """A random target with a random DSpark drafter."""
+    """A random target with a random DSpark drafter, or none for a block of 0."""
     config = make_config(vocabulary)
     torch.manual_seed(0)
     model = Qwen3ForCausalLM._from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
     model.lm_head.weight.data.mul_(40)  # a trained model's laws are peaked, and top-p costs less for it
     target = Target(model.eval().requires_grad_(False))
+    if not block:
+        return EngineCore(target, config=EngineConfig(seed=0))
     fields = make_config(vocabulary, layers=1).to_dict() | {
         "architectures": ["Qwen3DSparkModel"],
         "num_target_layers": 2,
@@ -91,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--block", type=int, default=7)
+    parser.add_argument("--block", type=int, default=7, help="0 for plain decoding")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--case", choices=list(CASES), nargs="+", default=list(CASES))
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine: time of the thread, not the wall")

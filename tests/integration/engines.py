@@ -98,7 +98,22 @@ def drafter(kind):
 
 def engine(kind="none", planner="full", **options):
     given = EngineConfig.of(**({"page_size": 4, "pages": 80, "max_step_tokens": 64, "seed": 0} | options))
-    return EngineCore(target(), drafter(kind), planner, config=given)
+    return watched(EngineCore(target(), drafter(kind), planner, config=given))
+
+
+def watched(core):
+    """The engine, with every batch held against its budget."""
+    forward = core.runner.forward
+
+    def checked(step):
+        batch = step.batch
+        assert 0 < len(batch.token_T) <= core.config.max_step_tokens
+        assert len(set(batch.slot_T.tolist())) == len(batch.token_T), "two tokens in one slot"
+        assert int(batch.slot_T.min()) >= core.config.page_size, "a token in the scratch page"
+        return forward(step)
+
+    core.runner.forward = checked
+    return core
 
 
 def prompts(lengths, seed=0):

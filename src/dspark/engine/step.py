@@ -189,7 +189,7 @@ class EngineCore:
 
     def _commit(self, schedule: Schedule, draft: Draft | None, verdict: Verdict, logits_BV: Tensor) -> list[Commit]:
         """Requests take their tokens, full pages become findable, finished requests leave."""
-        commits, kept_R = [], []
+        commits = []
         for index, request in enumerate(schedule.sampled):
             plan, accepted = verdict.plan[index], verdict.accepted_R[index]
             kept, text = request.commit(verdict.tokens[index])
@@ -200,7 +200,6 @@ class EngineCore:
             request.decoding = True
             cached = request.cached + schedule.rows[index] + accepted
             self.admission.keep(request, min(cached, len(request.tokens)))
-            kept_R.append(kept)
             commits.append(
                 Commit(
                     request.id, kept, text, min(accepted, len(kept)), None, request.finish_reason, request.statistics

@@ -45,6 +45,7 @@ OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden
 class Speculative:
     """A decoding method for `generate`: greedy and sampling, batches with left padding, seeded by torch's generator.
 
+    `generate` hands no streamer on to a callable: for text as it comes use `LLM.stream`.
     It keeps its engine, pages and prefix cache included, for as long as it is called with the same model and weights.
     """
 
