@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, one_hot
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))  # runs in a clone that is not installed, too
+
 from dspark.common.errors import UserError
 from dspark.drafters import checkpoint
 from dspark.drafters.base import DraftContext

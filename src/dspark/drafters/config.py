@@ -158,4 +158,4 @@ def transformers_config(raw: Mapping[str, Any], origin: str) -> PreTrainedConfig
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{origin}: {str(error).strip().splitlines()[0]}") from error
     except Exception as error:  # transformers' strict dataclasses raise classes of their own
-        raise UserError(f"{origin}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+        raise UserError(f"{origin}: cannot be read ({' '.join(str(error).split())})") from error

@@ -1,16 +1,24 @@
 """Eagle-3: an autoregressive one-layer drafter over [token embedding; target features], the field's baseline.
 
-B sequences, S tokens, V vocabulary, D hidden size, k taps.
+Entry t of its context joins the feature of position t with token t+1, so it exists only once token t+1 is committed.
+B sequences, S tokens, T ragged tokens, R requests, K block slots, V vocabulary, D hidden size, k taps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dspark.drafters.base import Draft, DraftContext
+from dspark.drafters.body import certainty
 from dspark.drafters.layers import MLP, Attend, Attention, BackboneConfig, RMSNorm, Rotary, RotaryEmbedding
+from dspark.models.batch import Ragged
+from dspark.models.compiled import SwappableGraph
+from dspark.models.pages import SCRATCH_PAGE
+from dspark.ops.attention import ragged_attention, store
 from dspark.ops.step_attention import step_attention
 
 
@@ -25,8 +33,12 @@ class EagleLayer(nn.Module):
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def joined(self, embedding: Tensor, hidden: Tensor) -> Tensor:
+        """What queries, keys and values are projected from, [..., 2·D]."""
+        return torch.cat((self.input_layernorm(embedding), self.hidden_norm(hidden)), dim=-1)
+
     def forward(self, embedding: Tensor, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        both = torch.cat((self.input_layernorm(embedding), self.hidden_norm(hidden)), dim=-1)
+        both = self.joined(embedding, hidden)
         mixed = attend(0, self.self_attn.query(both, rotary), *self.self_attn.key_value(both, rotary))
         hidden = hidden + self.self_attn.o_proj(mixed.flatten(-2))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
@@ -41,7 +53,15 @@ class Chain(NamedTuple):
 
 
 class Eagle3(nn.Module):
-    """One layer, `fc` over the taps, `norm` before the LM head. Position t joins feature t with token t+1."""
+    """One layer, `fc` over the taps, `norm` before the LM head.
+
+    In the engine the keys and values of entry t lie at position t's slot. Features are kept by slot too, for the entry
+    of the newest token waits for the token after it: `extend` and `propose` write entry p − 1 when they see token p.
+    """
+
+    feature_SD: Tensor
+    pools: tuple[Tensor, Tensor]
+    page_size: int
 
     def __init__(
         self,
@@ -92,3 +112,70 @@ class Eagle3(nn.Module):
             logits.append(logits_B1V)
             tokens.append(token_B1)
         return Chain(torch.cat(hiddens, 1), torch.cat(logits, 1), torch.cat(tokens, 1))
+
+    def allocate(self, pages: int, page_size: int) -> None:
+        """Pools of features, keys and values, addressed by the target's page table."""
+        self.page_size, slots, like = page_size, pages * page_size, self.norm.weight
+        shape = (slots, self.config.num_key_value_heads, self.config.head_dim)
+        self.feature_SD = like.new_zeros(slots, self.config.hidden_size)
+        self.pools = (like.new_zeros(shape), like.new_zeros(shape))
+
+    def compile_forwards(self) -> Sequence[SwappableGraph]:
+        """Nothing is compiled yet."""
+        return ()
+
+    @torch.inference_mode()
+    def extend(self, batch: Ragged, taps_TD: Tensor | None) -> None:
+        """Keep the features of committed tokens, and write the entries that their arrival completes."""
+        assert taps_TD is not None, "Eagle-3 reads the target's hidden states"
+        self.feature_SD[batch.slot_T] = self.fc(taps_TD.to(self.feature_SD.dtype))
+        count_R = batch.cu_query_R1.diff()
+        request_T = torch.repeat_interleave(torch.arange(len(count_R), device=count_R.device), count_R)
+        later = batch.position_T > 0  # token 0 completes no entry
+        position_T, token_T, request_T = batch.position_T[later] - 1, batch.token_T[later], request_T[later]
+        slot_T = self.slots(batch.page_table_RP[request_T], position_T)
+        layer: EagleLayer = self.layers[0]  # type: ignore[assignment]
+        both = layer.joined(self.embed_tokens(token_T), self.feature_SD[slot_T])
+        store(*layer.self_attn.key_value(both, self.rotary(position_T, both.dtype)), *self.pools, slot_T)
+
+    def slots(self, table_TP: Tensor, position_T: Tensor) -> Tensor:
+        """The slot of one position in each row of a page table."""
+        page_T = table_TP.gather(1, (position_T // self.page_size)[:, None])[:, 0].long()
+        return page_T * self.page_size + position_T % self.page_size
+
+    @torch.inference_mode()
+    def propose(self, context: DraftContext) -> Draft:
+        """K one-token steps; step k's entry is at anchor + k − 1, on the scratch page past the end of a request's."""
+        spare = -(-context.slots // self.page_size)
+        table_RP = torch.nn.functional.pad(context.page_table_RP, (0, spare), value=SCRATCH_PAGE)
+        token_R, position_R = context.anchor_R, (context.position_R - 1).clamp(min=0)
+        hidden_RD = self.feature_SD[self.slots(table_RP, position_R)]
+        tokens, laws, confidences = [], [], []
+        for slot in range(context.slots):
+            hidden_RD = self.step(token_R, hidden_RD, position_R + slot, table_RP)
+            logits_RV = self.lm_head(self.norm(hidden_RD))
+            token_R, law_RV = context.sampler.draw(logits_RV, slot)
+            tokens.append(token_R)
+            laws.append(law_RV)
+            confidences.append(certainty(logits_RV))
+        return Draft(
+            token_RK=torch.stack(tokens, dim=1),
+            probability_RKV=torch.stack(laws, dim=1),
+            confidence_RK=torch.stack(confidences, dim=1),
+            length_R=[context.slots] * len(position_R),
+        )
+
+    def step(self, token_R: Tensor, hidden_RD: Tensor, position_R: Tensor, table_RP: Tensor) -> Tensor:
+        """One entry a request: its keys and values are stored, its hidden state [R, D] returned."""
+        cu_query_R1 = torch.arange(len(token_R) + 1, dtype=torch.int32, device=token_R.device)
+
+        def attend(_layer: int, q_RHd: Tensor, k_RGd: Tensor, v_RGd: Tensor) -> Tensor:
+            keys, values = self.pools
+            context_R, scale = position_R.to(torch.int32), self.config.scale
+            out_RHd = ragged_attention(
+                q_RHd, k_RGd, v_RGd, keys, values, table_RP, cu_query_R1, context_R, self.page_size, scale, causal=True
+            )
+            store(k_RGd, v_RGd, *self.pools, self.slots(table_RP, position_R))
+            return out_RHd
+
+        return self.layers[0](self.embed_tokens(token_R), hidden_RD, self.rotary(position_R, hidden_RD.dtype), attend)

@@ -14,6 +14,7 @@ from dspark.drafters.config import kind_of
 from dspark.drafters.dflash import DFlash
 from dspark.drafters.draft_model import DraftModel
 from dspark.drafters.dspark import DSpark
+from dspark.drafters.eagle3 import Eagle3
 from dspark.drafters.ngram import NGram, NoDraft
 from dspark.drafters.vocab import TargetParts, check_tokenizers
 from dspark.models.loading import load_tokenizer
@@ -23,6 +24,7 @@ from dspark.ops.linear import pack_linears
 DRAFTERS = {
     "dspark": DSpark,
     "dflash": DFlash,
+    "eagle3": Eagle3,
     "draft_model": DraftModel,
     "ngram": NGram,
     "none": NoDraft,
@@ -49,12 +51,9 @@ def load_drafter(
         return NGram(vocabulary, block_size=block_size or 7)
     directory = fetch(source)
     raw = checkpoint.read_config(directory)
-    if kind_of(raw) == "eagle3":
-        raise UserError(f"{source} is an Eagle-3 drafter, which the engine does not run yet; use dspark or dflash")
     if kind_of(raw) is None:
         return load_draft_model(directory, target, parts, block_size or 5)
     drafter, _ = checkpoint.load(directory, parts, markov_top_k=markov_top_k)
-    assert isinstance(drafter, DSpark | DFlash)
     if block_size is not None:
         if block_size > drafter.block_size:
             raise UserError(
@@ -62,7 +61,8 @@ def load_drafter(
                 f"pass --block-size {drafter.block_size} or less"
             )
         drafter.block_size = block_size
-    pack_linears(drafter.body)  # the sequential head's kernel reads its small matrices by rows
+    # The sequential head's kernel reads its small matrices by rows, so they stay as they are.
+    pack_linears(drafter if isinstance(drafter, Eagle3) else drafter.body)
     return drafter
 
 
