@@ -1,10 +1,14 @@
 """A tiny random pair on disk: a Qwen3 target with its tokenizer, and a DSpark drafter that fits it."""
 
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread only waits, most of all beside neighbours
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
