@@ -1,6 +1,6 @@
 """Seconds from typing `dspark demo` to the first token on the terminal, and to the last line; medians of a few runs.
 
-    python benchmarks/demo_start.py [--runs 3] [-- options of dspark demo]
+python benchmarks/demo_start.py [--runs 3] [-- options of dspark demo]
 """
 
 from __future__ import annotations
