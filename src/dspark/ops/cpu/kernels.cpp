@@ -27,7 +27,6 @@ namespace {
 using at::Tensor;
 constexpr int64_t LANES = 16;
 constexpr int64_t ROWS = 8;  // rows that share one pass over a weight tile
-constexpr int64_t TOGETHER = 4;  // independent sums in flight in attention
 constexpr int64_t PREFETCH = 1024;  // bytes ahead: keeps memory busy while 8 rows compute
 typedef float Vec __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t Bits __attribute__((vector_size(64), aligned(4)));
@@ -199,8 +198,8 @@ inline Vec exponential(Vec x) {  // e^x for x <= 0, relative error about 1e-7
   const Vec low = Vec{} - 87.0f;
   x = x > low ? x : low;
   const Vec n_real = x * 1.44269504089f;
-  typedef int32_t Ints __attribute__((vector_size(64)));
-  const Ints n = __builtin_convertvector(n_real - 0.5f, Ints);
+  typedef int32_t Whole __attribute__((vector_size(64)));
+  const Whole n = __builtin_convertvector(n_real - 0.5f, Whole);
   const Vec nf = __builtin_convertvector(n, Vec);
   const Vec r = x - nf * 0.693359375f + nf * 2.12194440e-4f;
   Vec p = Vec{} + 1.9875691500e-4f;
@@ -210,7 +209,7 @@ inline Vec exponential(Vec x) {  // e^x for x <= 0, relative error about 1e-7
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const Ints bits = (n + 127) << 23;
+  const Whole bits = (n + 127) << 23;
   Vec scale;
   std::memcpy(&scale, &bits, sizeof scale);
   return p * scale;
@@ -222,6 +221,75 @@ struct Shape {
   bool causal;
 };
 
+typedef int32_t Ints __attribute__((vector_size(64)));
+
+template <int S>
+inline void exchange(Vec* row) {  // one stage of a 16x16 transpose: swaps lanes and rows whose index has bit S
+  Ints low, high;
+  for (int lane = 0; lane < LANES; ++lane) {
+    low[lane] = lane & S ? LANES + lane - S : lane;
+    high[lane] = lane & S ? LANES + lane : lane + S;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i)
+    if (!(i & S)) {
+      const Vec a = row[i], b = row[i | S];
+      row[i] = __builtin_shuffle(a, b, low);
+      row[i | S] = __builtin_shuffle(a, b, high);
+    }
+}
+
+// rows[16][size] -> columns[size][16]; size is a multiple of 16.
+inline void transpose(const float* rows, float* columns, int64_t size) {
+  for (int64_t j = 0; j < size; j += LANES) {
+    Vec tile[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) tile[i] = load(rows + i * size + j);
+    exchange<8>(tile), exchange<4>(tile), exchange<2>(tile), exchange<1>(tile);
+    std::memcpy(columns + j * LANES, tile, sizeof tile);
+  }
+}
+
+// score[N] rows against 16 keys: columns[size][16] are the keys, transposed.
+template <int N>
+inline void score_rows(const float* query, const float* columns, int64_t size, float* score, int64_t stride) {
+  Vec acc[N] = {};
+  for (int64_t j = 0; j < size; ++j) {
+    const Vec keys = load(columns + j * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < N; ++r) acc[r] += keys * query[r * size + j];
+  }
+  for (int r = 0; r < N; ++r) std::memcpy(score + r * stride, &acc[r], sizeof acc[r]);
+}
+
+// result[N] rows += weight[N][count] times values[count][size], 16·P of the columns at a time.
+template <int N, int P>
+inline void add_values(const float* weight, int64_t stride, const float* values, int64_t count, int64_t size, float* result) {
+  Vec acc[N][P];
+#pragma GCC unroll 8
+  for (int r = 0; r < N; ++r)
+    for (int p = 0; p < P; ++p) acc[r][p] = load(result + r * size + p * LANES);
+  for (int64_t key = 0; key < count; ++key) {
+    Vec value[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) value[p] = load(values + key * size + p * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < N; ++r)
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) acc[r][p] += value[p] * weight[r * stride + key];
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < N; ++r)
+    for (int p = 0; p < P; ++p) std::memcpy(result + r * size + p * LANES, &acc[r][p], sizeof acc[r][p]);
+}
+
+template <int N>
+void add_columns(const float* weight, int64_t stride, const float* values, int64_t count, int64_t size, float* result) {
+  int64_t j = 0;
+  for (; j + 4 * LANES <= size; j += 4 * LANES) add_values<N, 4>(weight, stride, values + j, count, size, result + j);
+  for (; j < size; j += LANES) add_values<N, 1>(weight, stride, values + j, count, size, result + j);
+}
+
 // Queries [first, last) of one sequence against one key/value head. Keys come in blocks of 16 at absolute multiples of
 // 16, transposed so that a lane is a key: every score and every sum has an order that only its own position decides.
 template <typename Scalar>
@@ -229,79 +297,69 @@ void attend(const Scalar* q, const Scalar* k, const Scalar* v, const Scalar* poo
             const int32_t* table, Scalar* out, const Shape& s, int64_t start, int64_t own, int64_t context,
             int64_t group, int64_t first, int64_t last) {
   const int64_t per = s.heads / s.groups, rows = (last - first) * per, keys = context + own;
-  const int64_t dk = s.key_size, dv = (s.value_size + LANES - 1) / LANES * LANES;
+  const int64_t dk = (s.key_size + LANES - 1) / LANES * LANES, dv = (s.value_size + LANES - 1) / LANES * LANES;
   const int64_t oldest = s.window > 0 ? std::max<int64_t>(0, context + first - s.window + 1) : 0;
   const int64_t newest = s.causal ? context + last : keys;
   const int64_t from = oldest / LANES * LANES, width = (newest - from + LANES - 1) / LANES * LANES;
-  std::vector<float> query(rows * dk), score(rows * width), result(rows * dv, 0.0f), total(rows);
-  std::vector<float> block(LANES * std::max(dk, dv), 0.0f);
+  std::vector<float> query(rows * dk, 0.0f), score(rows * width), result(rows * dv, 0.0f), total(rows);
+  std::vector<float> block(LANES * std::max(dk, dv), 0.0f), columns(LANES * dk);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t token = start + first + i / per, head = group * per + i % per;
-    const Scalar* row = q + (token * s.heads + head) * dk;
-    for (int64_t j = 0; j < dk; ++j) query[i * dk + j] = widen(row[j]) * s.scale;
+    const Scalar* row = q + (token * s.heads + head) * s.key_size;
+    for (int64_t j = 0; j < s.key_size; ++j) query[i * dk + j] = widen(row[j]) * s.scale;
   }
-  auto at_key = [&](const Scalar* pool, const Scalar* fresh, int64_t key, int64_t size) {
-    if (key >= context) return fresh + ((start + key - context) * s.groups + group) * size;
-    const int64_t slot = int64_t(table[key / s.page_size]) * s.page_size + key % s.page_size;
-    return pool + (slot * s.groups + group) * size;
+  auto fill = [&](const Scalar* pool, const Scalar* fresh, int64_t base, int64_t count, int64_t size, int64_t padded) {
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const int64_t key = base + lane;
+      const Scalar* row = fresh + ((start + key - context) * s.groups + group) * size;
+      if (key < context) {
+        const int64_t slot = int64_t(table[key / s.page_size]) * s.page_size + key % s.page_size;
+        row = pool + (slot * s.groups + group) * size;
+      }
+      for (int64_t j = 0; j < size; ++j) block[lane * padded + j] = widen(row[j]);
+    }
   };
   for (int64_t base = from; base < newest; base += LANES) {
     const int64_t count = std::min(LANES, newest - base);
-    for (int64_t lane = 0; lane < count; ++lane) {
-      const Scalar* row = at_key(pool_k, k, base + lane, dk);
-      for (int64_t j = 0; j < dk; ++j) block[j * LANES + lane] = widen(row[j]);
-    }
-    for (int64_t i = 0; i < rows; i += TOGETHER) {
-      Vec acc[TOGETHER] = {};
-      const float* together[TOGETHER];  // the last few rows may repeat: independent chains hide the latency
-      for (int64_t r = 0; r < TOGETHER; ++r) together[r] = &query[std::min(i + r, rows - 1) * dk];
-      for (int64_t j = 0; j < dk; ++j) {
-        const Vec lanes = load(&block[j * LANES]);
-        for (int64_t r = 0; r < TOGETHER; ++r) acc[r] += lanes * together[r][j];
-      }
-      for (int64_t r = 0; r < TOGETHER && i + r < rows; ++r) {
-        const int64_t position = context + first + (i + r) / per;
-        float* line = &score[(i + r) * width + base - from];
-        std::memcpy(line, &acc[r], sizeof acc[r]);
-        if (s.softcap > 0)
-          for (int64_t lane = 0; lane < LANES; ++lane) line[lane] = s.softcap * std::tanh(line[lane] / s.softcap);
-        const int64_t past = s.causal ? std::min(newest, position + 1) : newest;
-        for (int64_t key = std::max(base, past); key < base + LANES; ++key) line[key - base] = -INFINITY;
-        if (s.window > 0)
-          for (int64_t key = base; key < std::min(base + LANES, position - s.window + 1); ++key)
-            line[key - base] = -INFINITY;
-      }
-    }
+    fill(pool_k, k, base, count, s.key_size, dk);
+    transpose(block.data(), columns.data(), dk);
+    float* line = score.data() + base - from;
+    int64_t i = 0;
+    for (; i + 8 <= rows; i += 8) score_rows<8>(&query[i * dk], columns.data(), dk, line + i * width, width);
+    for (; i + 2 <= rows; i += 2) score_rows<2>(&query[i * dk], columns.data(), dk, line + i * width, width);
+    for (; i < rows; ++i) score_rows<1>(&query[i * dk], columns.data(), dk, line + i * width, width);
   }
   for (int64_t i = 0; i < rows; ++i) {
     float* line = &score[i * width];
-    const float peak = *std::max_element(line, line + width);
-    Vec sums = Vec{};
+    const int64_t position = context + first + i / per, end = s.causal ? std::min(newest, position + 1) : newest;
+    if (s.softcap > 0)
+      for (int64_t key = 0; key < width; ++key) line[key] = s.softcap * std::tanh(line[key] / s.softcap);
+    std::fill(line + (end - from), line + width, -INFINITY);
+    if (s.window > 0) std::fill(line, line + std::max<int64_t>(0, position - s.window + 1 - from), -INFINITY);
+    Vec peaks = load(line), sums = Vec{};
+    for (int64_t key = LANES; key < width; key += LANES) {
+      const Vec here = load(line + key);
+      peaks = here > peaks ? here : peaks;
+    }
+    float peak = peaks[0];
+    for (int lane = 1; lane < LANES; ++lane) peak = std::max(peak, peaks[lane]);
     for (int64_t key = 0; key < width; key += LANES) {
       const Vec raw = load(line + key), weight = raw > Vec{} - INFINITY ? exponential(raw - peak) : Vec{};
       std::memcpy(line + key, &weight, sizeof weight);
       sums += weight;
     }
-    for (int64_t lane = 0; lane < LANES; ++lane) total[i] += sums[lane];
+    total[i] = 0;
+    for (int lane = 0; lane < LANES; ++lane) total[i] += sums[lane];
   }
   std::fill(block.begin(), block.end(), 0.0f);
   for (int64_t base = from; base < newest; base += LANES) {
     const int64_t count = std::min(LANES, newest - base);
-    for (int64_t lane = 0; lane < count; ++lane) {
-      const Scalar* row = at_key(pool_v, v, base + lane, s.value_size);
-      for (int64_t j = 0; j < s.value_size; ++j) block[lane * dv + j] = widen(row[j]);
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      const float* weight = &score[i * width + base - from];
-      for (int64_t j = 0; j < dv; j += TOGETHER * LANES) {
-        const int64_t parts = std::min(TOGETHER, (dv - j) / LANES);
-        Vec acc[TOGETHER] = {};
-        for (int64_t r = 0; r < parts; ++r) acc[r] = load(&result[i * dv + j + r * LANES]);
-        for (int64_t lane = 0; lane < count; ++lane)
-          for (int64_t r = 0; r < parts; ++r) acc[r] += load(&block[lane * dv + j + r * LANES]) * weight[lane];
-        for (int64_t r = 0; r < parts; ++r) std::memcpy(&result[i * dv + j + r * LANES], &acc[r], sizeof acc[r]);
-      }
-    }
+    fill(pool_v, v, base, count, s.value_size, dv);
+    const float* weight = score.data() + base - from;
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) add_columns<4>(weight + i * width, width, block.data(), count, dv, &result[i * dv]);
+    for (; i + 2 <= rows; i += 2) add_columns<2>(weight + i * width, width, block.data(), count, dv, &result[i * dv]);
+    for (; i < rows; ++i) add_columns<1>(weight + i * width, width, block.data(), count, dv, &result[i * dv]);
   }
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t token = start + first + i / per, head = group * per + i % per;
