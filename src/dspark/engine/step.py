@@ -25,12 +25,13 @@ from dspark.engine.prefix import PagePool
 from dspark.engine.request import Commit, Request
 from dspark.engine.runner import Runner, Timings
 from dspark.models.target import Target
+from dspark.ops.verdict import has_kernel
 from dspark.speculation.draft_sampler import DraftSampler
 from dspark.speculation.noise import RoundNoise
 from dspark.speculation.planner import Planner, parse_planner
 from dspark.speculation.statistics import SpeculationStatistics
 from dspark.speculation.survival import survival
-from dspark.speculation.verify import Verdict, verify
+from dspark.speculation.verify import Verdict, verify, verify_tempered
 
 HEADROOM = 2  # slots a drafter may read past its block
 
@@ -179,6 +180,9 @@ class EngineCore:
     ) -> Verdict:
         if noise is None:
             return Verdict([], [], [])
+        temperature_R = self.laws.group(schedule.sampled).shaping.temperature_R
+        if temperature_R is not None and not noise.coupled and has_kernel(logits_BV):
+            return verify_tempered(draft, plan, logits_BV, temperature_R, noise)
         law_BV = self.laws.target(schedule.sampled, logits_BV, draft, plan)
         return verify(draft, plan, law_BV, noise)
 

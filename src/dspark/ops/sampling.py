@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -64,6 +65,13 @@ class Shaping:
             min_p=any(p.min_p for p in live),
             penalized=any(p.penalized for p in params),
         )
+
+    @cached_property
+    def temperature_R(self) -> Tensor | None:
+        """Float64 temperatures, 0 for greedy rows, if nothing else shapes any row's law; None otherwise."""
+        if self.truncated or self.penalized or self.bias is not None:
+            return None
+        return self.knobs_PB1[0, :, 0] * (1 - self.knobs_PB1[1, :, 0])
 
     @property
     def truncated(self) -> bool:

@@ -24,10 +24,9 @@ class DraftSampler:
     @property
     def tempered(self) -> Tempered | None:
         """Temperatures and numbers of every request, where nothing else shapes a law; None otherwise."""
-        shaping = self.shaping
-        if shaping.truncated or shaping.penalized or shaping.bias is not None or self.noise.coupled:
+        temperature_R = self.shaping.temperature_R
+        if temperature_R is None or self.noise.coupled:
             return None
-        temperature_R = shaping.knobs_PB1[0, :, 0] * (1 - shaping.knobs_PB1[1, :, 0])
         return Tempered(temperature_R, self.noise.draft_RK)
 
     def draw(self, logits_RV: Tensor, slot: int) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,14 @@ class RoundNoise:
             _exponential_CKV=made if made is None else made[[row_of[r] for r in kept]],
         )
 
+    def no_draft(self, vocabulary: int) -> tuple[Tensor, Tensor]:
+        """The tokens and laws of a round without drafts, [R, 0] and [R, 0, V]."""
+        requests = len(self.seeds)
+        return (
+            torch.zeros(requests, 0, dtype=torch.int64, device=self.final_R.device),
+            torch.zeros(requests, 0, vocabulary, device=self.final_R.device),
+        )
+
     def exponential(self, vocabulary: int) -> Tensor:
         """The coupled requests' exponentials [C, K+1, V]: slot k belongs to output position + k. Made once."""
         if self._exponential_CKV is None:

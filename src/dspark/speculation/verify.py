@@ -15,7 +15,10 @@ from dspark.drafters.base import Draft
 from dspark.ops.acceptance import accepts, residual
 from dspark.ops.rows import argmax
 from dspark.ops.sampling import draw, race, row_starts
+from dspark.ops.verdict import verdict
 from dspark.speculation.noise import RoundNoise
+
+NO_NUMBERS = "the target's probabilities are not numbers; run the target in float32 or bfloat16"
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,26 @@ def verify(draft: Draft | None, plan: Sequence[int], target_BV: Tensor, noise: R
             final_R = torch.where(choice_B[last_R] >= 0, choice_B[last_R], final_R)
     table = torch.cat([*columns, final_R.unsqueeze(1)], 1).tolist()  # the one host read
     if any(row[-1] >= target_BV.shape[1] for row in table):
-        raise FloatingPointError("the target's probabilities are not numbers; run the target in float32 or bfloat16")
+        raise FloatingPointError(NO_NUMBERS)
     accepted = [row[-2] for row in table] if longest else [0] * len(plan)
     return Verdict(accepted, [[*row[:n], row[-1]] for row, n in zip(table, accepted, strict=True)], plan)
+
+
+def verify_tempered(
+    draft: Draft | None, plan: Sequence[int], logits_BV: Tensor, temperature_R: Tensor, noise: RoundNoise
+) -> Verdict:
+    """`verify` of softmax(logits / temperature), for rejection-rule requests with no other shaping: one kernel call."""
+    if draft is None:
+        token_RK, law_RKV = noise.no_draft(logits_BV.shape[1])
+    else:
+        token_RK, law_RKV = draft.token_RK, draft.probability_RKV
+    columns = verdict(logits_BV, plan, token_RK, law_RKV, temperature_R, noise.accept_RK, noise.final_R)
+    accepted, final = columns[0].tolist(), columns[1].tolist()
+    if max(final) >= logits_BV.shape[1]:
+        raise FloatingPointError(NO_NUMBERS)
+    drafted = token_RK.tolist()
+    tokens = [[*row[:n], last] for row, n, last in zip(drafted, accepted, final, strict=True)]
+    return Verdict(accepted, tokens, list(plan))
 
 
 def _accepted(

@@ -16,6 +16,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 #include <vector>
 
 #if defined(__AVX512BF16__)
@@ -522,18 +523,116 @@ std::tuple<Tensor, Tensor, Tensor> draft_chain(const Tensor& base, const Tensor&
   const Tensor basec = base.contiguous(), anchorc = anchor.contiguous(), temperaturec = temperature.contiguous(),
                uniformc = uniform.contiguous();
   const int threads = at::get_num_threads();
+  const int64_t* anchors = anchorc.const_data_ptr<int64_t>();
+  const double *heats = temperaturec.const_data_ptr<double>(), *uniforms = uniformc.const_data_ptr<double>();
+  const float* seen = padded.const_data_ptr<float>();
+  int64_t* tokens = token.data_ptr<int64_t>();
+  float *laws = q.data_ptr<float>(), *confidences = confidence.data_ptr<float>();
   auto run_all = [&]<typename Scalar>(Scalar) {
+    const Scalar *logits = basec.const_data_ptr<Scalar>(), *first = w1.const_data_ptr<Scalar>(),
+                 *second = w2.const_data_ptr<Scalar>();
 #pragma omp parallel for num_threads(threads) if (threads > 1 && R > 1)
     for (int64_t r = 0; r < R; ++r)
-      chain_of(basec.const_data_ptr<Scalar>() + r * K * V, w1.const_data_ptr<Scalar>(), w2.const_data_ptr<Scalar>(),
-               anchorc.const_data_ptr<int64_t>()[r], K, V, rank, top, temperaturec.const_data_ptr<double>()[r],
-               uniformc.const_data_ptr<double>() + r * K, padded.const_data_ptr<float>(),
-               token.data_ptr<int64_t>() + r * K, q.data_ptr<float>() + r * K * V,
-               sees_token ? confidence.data_ptr<float>() + r * K : nullptr);
+      chain_of(logits + r * K * V, first, second, anchors[r], K, V, rank, top, heats[r], uniforms + r * K, seen,
+               tokens + r * K, laws + r * K * V, sees_token ? confidences + r * K : nullptr);
   };
   if (base.scalar_type() == at::kFloat) run_all(float{});
   else run_all(at::BFloat16{});
   return {token, q, confidence};
+}
+
+// ---- the rejection rule over a round, for laws that temperature alone shapes ----------------------------------------------
+
+// exp((logit - peak) / temperature) of one row; returns the sum.
+template <typename Scalar>
+double weights_of(const Scalar* logit, int64_t V, float temperature, std::vector<float>& weight) {
+  Vec peaks = Vec{} - INFINITY;
+  for (int64_t v = 0; v < V; ++v) weight[v] = widen(logit[v]);
+  for (int64_t v = 0; v < V; v += LANES) {
+    const Vec here = load(&weight[v]);
+    peaks = here > peaks ? here : peaks;
+  }
+  float peak = peaks[0];
+  for (int lane = 1; lane < LANES; ++lane) peak = std::max(peak, peaks[lane]);
+  double total = 0;
+  for (int64_t v = 0; v < V; v += LANES) {
+    const Vec raw = load(&weight[v]), w = raw > Vec{} - INFINITY ? exponential((raw - peak) / temperature) : Vec{};
+    std::memcpy(&weight[v], &w, sizeof w);
+    float part = 0;
+    for (int lane = 0; lane < LANES; ++lane) part += w[lane];
+    total += part;
+  }
+  return total;
+}
+
+// The first index whose cumulative weight reaches u of the whole and that has weight; V where there is none.
+int64_t draw_from(const std::vector<float>& weight, int64_t V, double total, double u) {
+  const double aim = total * u;
+  double seen = 0;
+  int64_t last = V;
+  for (int64_t v = 0; v < V; ++v) {
+    if (!(weight[v] > 0)) continue;
+    seen += weight[v], last = v;
+    if (seen >= aim) return v;
+  }
+  return last;
+}
+
+template <typename Scalar>
+std::pair<int64_t, int64_t> judge(const Scalar* logits, int64_t V, int64_t plan, const int64_t* token, const float* q,
+                                  double temperature, const double* accept, double final_u) {
+  std::vector<float> weight((V + LANES - 1) / LANES * LANES, -INFINITY);
+  for (int64_t k = 0;; ++k, std::fill(weight.begin() + V, weight.end(), -INFINITY)) {
+    const Scalar* row = logits + k * V;
+    if (temperature == 0) {
+      int64_t best = V;
+      float peak = -INFINITY;
+      for (int64_t v = 0; v < V; ++v) weight[v] = widen(row[v]), peak = std::max(peak, weight[v]);
+      for (int64_t v = V - 1; v >= 0; --v)
+        if (weight[v] == peak) best = v;
+      if (k == plan || token[k] != best) return {k, best};
+      continue;
+    }
+    const double total = weights_of(row, V, float(temperature), weight);
+    if (!(total > 0) || std::isinf(total)) return {k, V};
+    if (k == plan) return {k, draw_from(weight, V, total, final_u)};
+    const float* law = q + k * V;
+    if (accept[k] * law[token[k]] < weight[token[k]] / total) continue;
+    double mass = 0, left = 0;
+    std::vector<float> excess(V);
+    for (int64_t v = 0; v < V; ++v) {
+      excess[v] = std::max(0.0f, float(weight[v] / total) - law[v]);
+      mass += excess[v];
+    }
+    left = draw_from(excess, V, mass, final_u);
+    return {k, mass > 0 ? int64_t(left) : draw_from(weight, V, total, final_u)};
+  }
+}
+
+std::tuple<Tensor, Tensor> verdict(const Tensor& logits, at::IntArrayRef plan, const Tensor& token, const Tensor& q,
+                                   const Tensor& temperature, const Tensor& accept, const Tensor& final_u) {
+  const int64_t R = plan.size(), V = logits.size(1), K = token.size(1);
+  Tensor accepted = at::empty({R}, token.options()), last = at::empty({R}, token.options());
+  std::vector<int64_t> start(R, 0);
+  for (int64_t r = 1; r < R; ++r) start[r] = start[r - 1] + plan[r - 1] + 1;
+  const Tensor x = logits.contiguous(), t = token.contiguous(), law = q.contiguous(), heat = temperature.contiguous(),
+               u = accept.contiguous(), f = final_u.contiguous();
+  const int threads = at::get_num_threads();
+  const int64_t* drafted = t.const_data_ptr<int64_t>();
+  const float* laws = law.const_data_ptr<float>();
+  const double *heats = heat.const_data_ptr<double>(), *accepts = u.const_data_ptr<double>(),
+               *finals = f.const_data_ptr<double>();
+  int64_t *counts = accepted.data_ptr<int64_t>(), *lasts = last.data_ptr<int64_t>();
+  auto run_all = [&]<typename Scalar>(Scalar) {
+    const Scalar* rows_x = x.const_data_ptr<Scalar>();
+#pragma omp parallel for num_threads(threads) if (threads > 1 && R > 1)
+    for (int64_t r = 0; r < R; ++r)
+      std::tie(counts[r], lasts[r]) = judge(rows_x + start[r] * V, V, plan[r], drafted + r * K, laws + r * K * V, heats[r],
+                                            accepts + r * K, finals[r]);
+  };
+  if (logits.scalar_type() == at::kFloat) run_all(float{});
+  else run_all(at::BFloat16{});
+  return {accepted, last};
 }
 
 }  // namespace
@@ -551,6 +650,9 @@ TORCH_LIBRARY_FRAGMENT(dspark, library) {
   library.def(
       "draft_chain(Tensor base, Tensor w1, Tensor w2, Tensor anchor, Tensor temperature, Tensor uniform, int top, "
       "Tensor confidence_base, Tensor confidence_w) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "verdict(Tensor logits, int[] plan, Tensor token, Tensor q, Tensor temperature, Tensor accept, Tensor final_u) "
+      "-> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(dspark, CPU, library) {
@@ -560,6 +662,7 @@ TORCH_LIBRARY_IMPL(dspark, CPU, library) {
   library.impl("store", store);
   library.impl("ragged_attention", ragged_attention);
   library.impl("draft_chain", draft_chain);
+  library.impl("verdict", verdict);
 }
 
 // ---- the same ops as plain C functions, which compiled graphs call without the dispatcher ---------------------------

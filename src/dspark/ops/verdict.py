@@ -1,0 +1,72 @@
+"""The rejection rule over one round, from logits to the last committed token, where temperature alone shapes the laws.
+
+R requests, K draft slots, V vocabulary, B = sum of (1 + plan) target rows, request-major.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dspark.ops.acceptance import accepts, residual
+from dspark.ops.cpu import load_kernels
+from dspark.ops.sampling import draw
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def verdict(
+    logits_BV: Tensor,
+    plan: Sequence[int],
+    token_RK: Tensor,
+    q_RKV: Tensor,
+    temperature_R: Tensor,
+    accept_RK: Tensor,
+    final_R: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(accepted [R], the token committed after them [R]), int64; a token of V says that the logits are no numbers.
+
+    The law of row b is softmax(logits / temperature), a one-hot at the first largest logit for temperature 0. Accept
+    with probability min(1, p/q); at the first rejection draw from normalize(max(p - q, 0)), with none from p. Rows
+    after the first rejection are not looked at. (DSpark, §2)
+    """
+    run = torch.ops.dspark.verdict if has_kernel(logits_BV) else verdict_plain
+    return run(logits_BV, plan, token_RK, q_RKV, temperature_R, accept_RK, final_R)
+
+
+def has_kernel(logits_BV: Tensor) -> bool:
+    """Whether these logits are judged by the kernel; the plain twin reads from the device for every request."""
+    return logits_BV.device.type == "cpu" and logits_BV.dtype in KERNEL_DTYPES and load_kernels()
+
+
+def verdict_plain(
+    logits_BV: Tensor,
+    plan: Sequence[int],
+    token_RK: Tensor,
+    q_RKV: Tensor,
+    temperature_R: Tensor,
+    accept_RK: Tensor,
+    final_R: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The specification of the kernel, request by request."""
+    accepted, last, start = [], [], 0
+    wide = torch.promote_types(logits_BV.dtype, torch.float32)
+    for r, length in enumerate(plan):
+        x_LV = logits_BV[start : start + length + 1].to(wide)
+        start += length + 1
+        if temperature_R[r] > 0:
+            p_LV = (x_LV / temperature_R[r].to(wide)).softmax(1)
+        else:
+            p_LV = torch.zeros_like(x_LV).scatter_(1, x_LV.argmax(1, keepdim=True), 1.0)
+        slot = torch.arange(length, device=logits_BV.device)
+        token = token_RK[r, :length]
+        passed = accepts(p_LV[slot, token], q_RKV[r, slot, token], accept_RK[r, :length])
+        count = int(passed.cumprod(0).sum())
+        law_1V = p_LV[count : count + 1]
+        if count < length:
+            law_1V = residual(law_1V, q_RKV[r, count : count + 1].to(wide))
+        accepted.append(count)
+        last.append(int(draw(law_1V, final_R[r : r + 1])))
+    return torch.tensor(accepted, device=logits_BV.device), torch.tensor(last, device=logits_BV.device)
