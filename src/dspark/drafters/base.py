@@ -67,7 +67,11 @@ class Drafter(Protocol):
         ...
 
     def extend(self, batch: Ragged, taps_TD: Tensor | None) -> None:
-        """Take committed tokens into the context: `taps_TD` is the taps' hidden states, concatenated (k·D wide)."""
+        """Take a target forward's rows into the context: `taps_TD` is the taps' hidden states, concatenated (k·D wide).
+
+        Rows of rejected drafts come along: like the target's own keys they lie past the committed text, where the
+        next rows overwrite them before anything reads them.
+        """
         ...
 
     def propose(self, context: DraftContext) -> Draft:

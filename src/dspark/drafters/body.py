@@ -16,6 +16,8 @@ from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 from dspark.ops.attention import store
 
+MOST_SLOTS = 1024  # of one block, more than any drafter has
+
 
 class BlockLogits(NamedTuple):
     """What training needs of every block: draft logits [B, A, K, V] and confidence logits [B, A, K] or None."""
@@ -53,16 +55,17 @@ class Body(nn.Module):
         """Make the context pools, addressed by the target's page table."""
         self.page_size = page_size
         self.pools = self.backbone.allocate(pages * page_size)
+        self.offsets = torch.arange(MOST_SLOTS, device=self.pools[0][0].device)
         identity = f"{self.backbone.config} {self.pools[0][0].dtype} {page_size} {self.embed_tokens.weight.shape}"
-        self._block = SwappableGraph(BlockForward(self, page_size), f"block {identity}")
+        self._block = SwappableGraph(BlockForward(self, page_size), f"block {identity} {self.mask_token_id}")
         self._context = SwappableGraph(ContextForward(self.backbone), f"context {identity}")
 
     def compile_forwards(self) -> tuple[SwappableGraph, SwappableGraph]:
         """Compile both forwards or load them from the cache; they run eagerly until that is done."""
         pools = [x.new_zeros(8 * self.page_size, *x.shape[1:]) for x in flat(self.pools)]
         config, order_T = self.backbone.config, torch.arange(6)
-        table_RP, context_R = torch.tensor([[1, 2], [3, 4]]).int(), torch.tensor([2, 3]).int()
-        self._block.prepare((order_T, order_T, table_RP, torch.tensor([0, 3, 6]).int(), context_R, *pools))
+        table_RP, position_R = torch.tensor([[1, 2], [3, 4]]).int(), torch.tensor([2, 3])
+        self._block.prepare((position_R, position_R, table_RP, order_T[:4], *pools))
         taps_TD = torch.randn(6, config.tap_count * config.hidden_size).to(pools[0].dtype)
         self._context.prepare((taps_TD, order_T, order_T, *pools))
         return self._block, self._context
@@ -80,19 +83,12 @@ class Body(nn.Module):
 
     def draft(self, context: DraftContext) -> tuple[Tensor, Tensor]:
         """Final hidden states [R, K, D] and base logits [R, K, V] of one block a request."""
-        requests, width = len(context.anchor_R), context.slots + self.skip
-        offset = torch.arange(width, device=context.anchor_R.device)
-        cu_query_R1 = torch.arange(requests + 1, dtype=torch.int32, device=offset.device) * width
-        hidden_TD, logits_TV = self._block(
-            self.ids(context.anchor_R, context.slots).flatten(),
-            (context.position_R[:, None] + offset).flatten(),
-            context.page_table_RP,
-            cu_query_R1,
-            context.position_R.to(torch.int32),
-            *flat(self.pools),
-        )
-        blocks = (x.unflatten(0, (requests, width))[:, self.skip :] for x in (hidden_TD, logits_TV))
-        return next(blocks), next(blocks)
+        offset_K = self.offsets[: context.slots + self.skip]
+        inputs = (context.anchor_R, context.position_R, context.page_table_RP, offset_K)
+        hidden_RKD, base_RKV = self._block(*inputs, *flat(self.pools))
+        if self.skip:
+            return hidden_RKD[:, self.skip :], base_RKV[:, self.skip :]
+        return hidden_RKD, base_RKV
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Base logits [..., V] of final hidden states [..., D]."""
@@ -116,20 +112,31 @@ def flat(pools: Pools) -> list[Tensor]:
 
 
 class BlockForward(nn.Module):
-    """(ids, positions, page table, cu, context lengths, pools…) → hidden states and base logits of every input."""
+    """(anchors, their positions, page table, 0..K-1, pools…) → hidden states and base logits of every input."""
 
     def __init__(self, body: Body, page_size: int) -> None:
         super().__init__()
         self.embed_tokens, self.backbone, self.lm_head = body.embed_tokens, body.backbone, body.lm_head
-        self.page_size = page_size
+        self.page_size, self.mask_token_id = page_size, body.mask_token_id
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """([T, D], [T, V])."""
-        ids_T, position_T, *lengths = tensors[:5]
-        pools = tuple(zip(tensors[5::2], tensors[6::2], strict=True))
-        inputs_TD = self.embed_tokens(ids_T) * self.backbone.config.embedding_scale
-        hidden_TD = self.backbone(inputs_TD, position_T, pools, *lengths, self.page_size)
-        return hidden_TD, softcapped(self.lm_head(hidden_TD), self.backbone.config.logit_softcap)
+    def forward(
+        self, anchor_R: Tensor, position_R: Tensor, page_table_RP: Tensor, offset_K: Tensor, *pools: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """([R, K, D], [R, K, V])."""
+        config, requests, width = self.backbone.config, anchor_R.shape[0], offset_K.shape[0]
+        ids_RK = torch.where(offset_K == 0, anchor_R[:, None], self.mask_token_id)
+        cu_query_R1 = torch.arange(requests + 1, dtype=torch.int32, device=anchor_R.device) * width
+        hidden_TD = self.backbone(
+            self.embed_tokens(ids_RK.flatten()) * config.embedding_scale,
+            (position_R[:, None] + offset_K).flatten(),
+            tuple(zip(pools[::2], pools[1::2], strict=True)),
+            page_table_RP,
+            cu_query_R1,
+            position_R.to(torch.int32),
+            self.page_size,
+        )
+        base_TV = softcapped(self.lm_head(hidden_TD), config.logit_softcap)
+        return hidden_TD.view(requests, width, -1), base_TV.view(requests, width, -1)
 
 
 class ContextForward(nn.Module):

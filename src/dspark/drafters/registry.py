@@ -21,6 +21,7 @@ from dspark.models.loading import load_tokenizer
 from dspark.models.target import Target
 from dspark.ops.linear import pack_linears
 
+CANDIDATES = 64  # of the sequential head per slot: what lies below is drafted about never, and costs like the rest
 DRAFTERS = {
     "dspark": DSpark,
     "dflash": DFlash,
@@ -32,15 +33,17 @@ DRAFTERS = {
 
 
 def load_drafter(
-    source: str | Path, target: Target, *, block_size: int | None = None, markov_top_k: int = 0
+    source: str | Path, target: Target, *, block_size: int | None = None, markov_top_k: int | None = None
 ) -> Drafter:
     """The drafter `source` names: "none", "ngram", a drafter's directory or hub id, or a smaller causal LM's.
 
     The kind comes from config.json. `block_size` shortens the drafter's own. Raises UserError when the drafter does
-    not fit the target.
+    not fit the target. `markov_top_k` None restricts the sequential head to CANDIDATES where the vocabulary is larger.
     """
     parts = TargetParts.of(target)
     vocabulary = len(parts.embedding_VD)
+    if markov_top_k is None:
+        markov_top_k = CANDIDATES if vocabulary > 8 * CANDIDATES else 0
     if str(source) == "none":
         return NoDraft(vocabulary)
     if block_size is not None and block_size < 1:

@@ -6,7 +6,7 @@ T tokens, R sequences, B rows with logits, P pages per sequence, K draft slots, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,16 +18,11 @@ from dspark.engine.request import Request
 from dspark.models.batch import Ragged
 
 
-@dataclass(frozen=True)
-class Assembled:
-    """A step's batch, with the numbers on the host that its parts are found by."""
+class Assembled(NamedTuple):
+    """A step's batch, and which of its rows need logits: every sampled request's anchor row and draft rows."""
 
     batch: Ragged
-    rows_B: Tensor  # every sampled request's anchor row and draft rows
-    count_R: np.ndarray  # rows of each sequence
-    start_R: np.ndarray  # of each sequence's rows
-    position_T: np.ndarray
-    slot_T: np.ndarray
+    rows_B: Tensor
 
 
 def page_table(requests: Sequence[Request], tokens: int, page_size: int) -> np.ndarray:
@@ -68,38 +63,10 @@ def assemble(
         _to(position_T, device),
         _to(slot_T, device),
         _to(table_RP, device),
-        _to(_bounds(count_R), device),
+        _to(np.concatenate([[0], end_R]).astype(np.int32), device),
         _to(context_R.astype(np.int32), device),
     )
-    return Assembled(batch, _to(row_T[row_T >= wanted_R[request_T]], device), count_R, start_R, position_T, slot_T)
-
-
-def committed(step: Assembled, taps_TkD: Tensor | None, rejected_R: Sequence[int]) -> tuple[Ragged, Tensor | None]:
-    """The batch without each sequence's last `rejected_R` rows, for the drafter's context."""
-    batch, device = step.batch, step.batch.token_T.device
-    if not any(rejected_R):
-        return batch, taps_TkD
-    kept_R = step.count_R.copy()
-    kept_R[: len(rejected_R)] -= np.array(rejected_R, dtype=np.int64)
-    bounds = _to(_bounds(kept_R), device)
-    if len(kept_R) == 1:  # a slice is a view
-        end = int(kept_R[0])
-        token_T, position_T, slot_T = batch.token_T[:end], batch.position_T[:end], batch.slot_T[:end]
-        taps_TkD = taps_TkD[:end] if taps_TkD is not None else None
-    else:
-        request_T = np.arange(len(kept_R)).repeat(step.count_R)
-        row_T = np.arange(len(request_T))
-        kept_T = row_T[row_T < (step.start_R + kept_R)[request_T]]
-        index_T = _to(kept_T, device)
-        token_T, taps_TkD = batch.token_T[index_T], taps_TkD[index_T] if taps_TkD is not None else None
-        position_T, slot_T = _to(step.position_T[kept_T], device), _to(step.slot_T[kept_T], device)
-    return Ragged(token_T, position_T, slot_T, batch.page_table_RP, bounds, batch.context_R), taps_TkD
-
-
-def _bounds(count_R: np.ndarray) -> np.ndarray:
-    bounds = np.zeros(len(count_R) + 1, dtype=np.int32)
-    count_R.cumsum(out=bounds[1:])
-    return bounds
+    return Assembled(batch, _to(row_T[row_T >= wanted_R[request_T]], device))
 
 
 def _put_drafts(token_T: Tensor, draft: Draft, plan: Sequence[int], first: Sequence[int]) -> None:

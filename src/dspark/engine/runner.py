@@ -64,7 +64,7 @@ class Runner:
         return draft
 
     def extend(self, batch: Ragged, taps_TkD: Tensor | None) -> None:
-        """Take committed tokens into the drafter's context."""
+        """Take a step's rows into the drafter's context; rejected ones lie past the text and get overwritten there."""
         before = self.clock()
         self.drafter.extend(batch, taps_TkD)
         self.timings.drafter += self.clock() - before

@@ -16,7 +16,7 @@ from dspark.common.sampling_params import SamplingParams
 from dspark.drafters.base import Draft, DraftContext, Drafter
 from dspark.drafters.ngram import NoDraft
 from dspark.engine.admission import Admission, Schedule
-from dspark.engine.assemble import Assembled, assemble, committed, page_table
+from dspark.engine.assemble import assemble, page_table
 from dspark.engine.config import WORTH_COMPILING, EngineConfig
 from dspark.engine.intake import Intake
 from dspark.engine.laws import Laws, padded
@@ -117,7 +117,7 @@ class EngineCore:
         batch = assemble(schedule, draft, plan, page_size=self.config.page_size, device=self.target.device)
         logits_BV, taps_TkD = self.runner.forward(batch)
         verdict = self._verify(schedule, draft, plan, noise, logits_BV)
-        self._extend(batch, taps_TkD, verdict)
+        self.runner.extend(batch.batch, taps_TkD)
         commits = self._commit(schedule, draft, verdict, logits_BV)
         self.timings.steps += 1
         self.timings.total += self.runner.clock() - started
@@ -185,11 +185,6 @@ class EngineCore:
             return verify_tempered(draft, plan, logits_BV, temperature_R, noise)
         law_BV = self.laws.target(schedule.sampled, logits_BV, draft, plan)
         return verify(draft, plan, law_BV, noise)
-
-    def _extend(self, batch: Assembled, taps_TkD: Tensor | None, verdict: Verdict) -> None:
-        """The drafter's context takes what is committed; rejected rows stay behind in slots that get overwritten."""
-        rejected = [p - a for p, a in zip(verdict.plan, verdict.accepted_R, strict=True)]
-        self.runner.extend(*committed(batch, taps_TkD, rejected))
 
     def _commit(self, schedule: Schedule, draft: Draft | None, verdict: Verdict, logits_BV: Tensor) -> list[Commit]:
         """Requests take their tokens, full pages become findable, finished requests leave."""
