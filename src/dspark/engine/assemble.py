@@ -34,39 +34,40 @@ def page_table(requests: Sequence[Request], tokens: int, page_size: int) -> np.n
 def assemble(
     schedule: Schedule, draft: Draft | None, plan: Sequence[int], *, page_size: int, device: torch.device
 ) -> Assembled:
-    """Sampled requests first, each with its uncached tokens and plan[r] drafts; then partial prefills."""
-    sampled = len(schedule.sampled)
-    requests = [*schedule.sampled, *(request for request, _ in schedule.partial)]
-    own = [*schedule.rows, *(rows for _, rows in schedule.partial)]
-    context_R = np.array([request.cached for request in requests], dtype=np.int64)
-    count_R = np.array(own, dtype=np.int64)
-    count_R[:sampled] += np.array(plan, dtype=np.int64)
-    end_R = count_R.cumsum()
-    start_R = end_R - count_R
-    total = int(end_R[-1])
-    table_RP = page_table(requests, int((context_R + count_R).max()), page_size)
-    request_T = np.arange(len(requests)).repeat(count_R)
-    row_T = np.arange(total)
-    position_T = row_T + (context_R - start_R)[request_T]
-    slot_T = table_RP[request_T, position_T // page_size] * np.int64(page_size) + position_T % page_size
-    host_T = np.zeros(total, dtype=np.int64)
-    for request, start, rows in zip(requests, start_R.tolist(), own, strict=True):
-        host_T[start : start + rows] = request.tokens[request.cached : request.cached + rows]
-    token_T = _to(host_T, device)
+    """Sampled requests first, each with its uncached tokens and plan[r] drafts; then partial prefills.
+
+    Lists are built on the host and sent in two pieces: for the few rows of a decoding step that is the least work.
+    """
+    parts = [*zip(schedule.sampled, schedule.rows, plan, strict=True)]
+    parts += [(request, rows, -1) for request, rows in schedule.partial]  # -1: not even the last row has logits
+    token: list[int] = []
+    position: list[int] = []
+    slot: list[int] = []
+    wanted: list[int] = []
+    first_draft: list[int] = []
+    context: list[int] = []
+    bounds, furthest = [0], 0
+    for request, rows, drafts in parts:
+        start, stop = request.cached, request.cached + rows + max(drafts, 0)
+        token += request.tokens[start : start + rows]
+        first_draft.append(len(token))
+        token += [0] * max(drafts, 0)
+        position += range(start, stop)
+        pages = request.pages
+        slot += [pages[p // page_size] * page_size + p % page_size for p in range(start, stop)]
+        wanted += range(len(token) - drafts - 1, len(token))
+        bounds.append(len(token))
+        context.append(start)
+        furthest = max(furthest, stop)
+    T, R = len(token), len(parts)
+    wide = _to(np.array(token + position + slot + wanted, dtype=np.int64), device)
+    narrow = _to(np.array(bounds + context, dtype=np.int32), device)
     if any(plan):
         assert draft is not None, "a plan above 0 needs a draft"
-        _put_drafts(token_T, draft, plan, (end_R[:sampled] - plan).tolist())
-    wanted_R = end_R.copy()  # where each sequence's rows with logits start; a partial prefill has none
-    wanted_R[:sampled] -= np.array(plan, dtype=np.int64) + 1
-    batch = Ragged(
-        token_T,
-        _to(position_T, device),
-        _to(slot_T, device),
-        _to(table_RP, device),
-        _to(np.concatenate([[0], end_R]).astype(np.int32), device),
-        _to(context_R.astype(np.int32), device),
-    )
-    return Assembled(batch, _to(row_T[row_T >= wanted_R[request_T]], device))
+        _put_drafts(wide, draft, plan, first_draft[: len(plan)])
+    table_RP = _to(page_table([request for request, _, _ in parts], furthest, page_size), device)
+    batch = Ragged(wide[:T], wide[T : 2 * T], wide[2 * T : 3 * T], table_RP, narrow[: R + 1], narrow[R + 1 :])
+    return Assembled(batch, wide[3 * T :])
 
 
 def _put_drafts(token_T: Tensor, draft: Draft, plan: Sequence[int], first: Sequence[int]) -> None:
