@@ -37,6 +37,7 @@ class TrainConfig:
     held_out: str
     drafter: DrafterShape = field(default_factory=DrafterShape)
     init: str = ""  # a drafter's directory to start from, of the same shape
+    start: str = "target"  # without init: the target's own layers, or random ones
     steps: int = 1000
     batch: int = 16  # sequences in a step
     micro_batch: int = 4  # sequences in one forward; on the CPU each of `threads` workers runs one at a time
@@ -71,11 +72,12 @@ class TrainConfig:
             raise UserError(f"save_every {self.save_every} is no multiple of log_every {self.log_every}; make it one")
         if self.length < self.drafter.block_size + 1:
             raise UserError(f"length {self.length} has no room for a block of {self.drafter.block_size}; lengthen it")
-        for name, choices in {"optimizer": ("adamw", "muon"), "precision": ("float32", "bfloat16")}.items():
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} {getattr(self, name)!r} is not known; use {' or '.join(choices)}")
 
 
+CHOICES = {"optimizer": ("adamw", "muon"), "precision": ("float32", "bfloat16"), "start": ("target", "random")}
 SECTIONS: dict[str, type] = {"drafter": DrafterShape, "loss": Weights}
 CAN_CHANGE = ("target", "train", "held_out", "device", "threads", "log_every", "save_every", "evaluate_every")
 """Fields a resumed run may give differently: they do not change what is learnt (paths may have moved)."""

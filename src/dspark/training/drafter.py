@@ -62,6 +62,28 @@ def initialise(drafter: nn.Module, generator: torch.Generator) -> None:
             nn.init.normal_(parameter, std=std, generator=generator)
 
 
+def stitch(drafter: nn.Module, target: nn.Module, taps: int) -> None:
+    """Start from copies of the target's layers, the first and the last among them, and read the mean of the taps.
+
+    Layers of one residual stream speak nearly one language: with `fc` an average of the taps and `hidden_norm` the
+    copies' own input norm, context keys and values begin close to what the target itself attends to. Raises
+    UserError where the shapes differ.
+    """
+    backbone: Any = drafter.body.backbone  # type: ignore[union-attr]
+    own, theirs = list(backbone.layers), list(decoder_of(target).layers)  # type: ignore[arg-type]
+    chosen = [theirs[round(i * (len(theirs) - 1) / max(1, len(own) - 1))] for i in range(len(own))]
+    for layer, source in zip(own, chosen, strict=True):
+        state = source.state_dict()
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in layer.state_dict().items()}:
+            raise UserError("start: target needs a drafter with the target's own layer shape; use start: random")
+        layer.load_state_dict(state)
+    with torch.no_grad():
+        width = backbone.fc.out_features
+        backbone.fc.weight.copy_(torch.eye(width).repeat(1, taps) / taps)
+        norms = [source.input_layernorm.weight for source in chosen]
+        backbone.hidden_norm.weight.copy_(torch.stack(norms).mean(0))
+
+
 def start_norm(drafter: nn.Module, target: nn.Module) -> None:
     """The last norm starts as the target's: the LM head is the target's, and expects hidden states of that scale."""
     own = dict(drafter.named_parameters())["body.backbone.norm.weight"]
@@ -72,7 +94,7 @@ def start_norm(drafter: nn.Module, target: nn.Module) -> None:
 
 
 def create(
-    target: nn.Module, shape: DrafterShape, *, anchors: int, seed: int, init: str = ""
+    target: nn.Module, shape: DrafterShape, *, anchors: int, seed: int, init: str = "", start: str = "target"
 ) -> tuple[checkpoint.DrafterModule, DrafterConfig]:
     """A trainable float32 drafter on the target's device, its embedding and head shared with the target and frozen."""
     parts, text = TargetParts.of(target), target.config.get_text_config()  # type: ignore[union-attr,operator]
@@ -90,6 +112,8 @@ def create(
         drafter = checkpoint.build(config, parts.embedding_VD, parts.head)
         initialise(drafter, torch.Generator().manual_seed(seed))
         start_norm(drafter, target)
+        if start == "target":
+            stitch(drafter, target, len(config.taps))
     for name, parameter in drafter.named_parameters():
         parameter.requires_grad_(not checkpoint.flat_name(name).startswith(checkpoint.SHARED))
     return drafter.train().to(device), config

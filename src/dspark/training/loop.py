@@ -53,7 +53,7 @@ class Trainer:
         self.device = resolve_device(config.device)
         model = load_causal_lm(config.target, dtype=config.precision, device=str(self.device))
         self.drafter, self.drafter_config = create(
-            model, config.drafter, anchors=config.anchors, seed=config.seed, init=config.init
+            model, config.drafter, anchors=config.anchors, seed=config.seed, init=config.init, start=config.start
         )
         self.target = OnlineTarget(model, self.drafter.taps)
         self.train_data = Documents(config.train, config.length)
