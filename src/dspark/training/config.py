@@ -50,6 +50,7 @@ class TrainConfig:
     warmup: float = 0.04  # share of the steps
     clip: float = 1.0
     loss: Weights = field(default_factory=Weights)
+    remember_features: bool = False  # keep the target's hidden states in memory: later epochs run no target
     precision: str = "float32"  # or bfloat16: autocast over float32 weights
     device: str = "auto"
     threads: int = 2

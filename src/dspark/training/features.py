@@ -50,3 +50,33 @@ class OnlineTarget:
         place_BN = following(order_BS, anchor_BA, slots).flatten(1)
         wanted_BND = last_BSD.gather(1, place_BN[..., None].expand(-1, -1, last_BSD.shape[-1]))
         return softcapped(self.head(wanted_BND), self.softcap).view(*anchor_BA.shape, slots, -1)
+
+
+class Remembered:
+    """Keeps what a target said about each numbered piece of text: later epochs cost no target forward.
+
+    Memory is (k + 1)·D·2 bytes a token, on the CPU; meant for small targets and little text.
+    """
+
+    def __init__(self, target: OnlineTarget) -> None:
+        self.target = target
+        self.pieces: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, token_BS: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """As the target's own call; `numbers` name the rows. All is rounded to bfloat16, seen before or not."""
+        if any(number not in self.pieces for number in numbers):
+            taps_BSD, last_BSD = self.target(token_BS)
+            self.dtype = last_BSD.dtype
+            for row, number in enumerate(numbers):
+                self.pieces[number] = (taps_BSD[row].bfloat16().cpu(), last_BSD[row].bfloat16().cpu())
+        width, device = token_BS.shape[1], token_BS.device
+        found = zip(*(self.pieces[number] for number in numbers), strict=True)
+        taps_BSD, last_BSD = (torch.stack([fitted(x, width) for x in rows]).to(device, self.dtype) for rows in found)
+        return taps_BSD, last_BSD
+
+
+def fitted(x_SD: Tensor, width: int) -> Tensor:
+    """Cut or padded with zeros to `width` positions: what lies past a piece's end is read by no label."""
+    if len(x_SD) >= width:
+        return x_SD[:width]
+    return torch.nn.functional.pad(x_SD, (0, 0, 0, width - len(x_SD)))

@@ -30,7 +30,7 @@ from dspark.training.checkpoint import LOG, cut_log, read_state, restore, save_s
 from dspark.training.config import TrainConfig, check_resumable, load_config
 from dspark.training.data import Documents
 from dspark.training.drafter import create
-from dspark.training.features import OnlineTarget
+from dspark.training.features import OnlineTarget, Remembered
 from dspark.training.metrics import Sums, combine, measure, readable
 from dspark.training.objectives import Objective, objective
 from dspark.training.optimizer import Optimizers, build_optimizers
@@ -56,6 +56,7 @@ class Trainer:
             model, config.drafter, anchors=config.anchors, seed=config.seed, init=config.init, start=config.start
         )
         self.target = OnlineTarget(model, self.drafter.taps)
+        self.remembered = Remembered(self.target) if config.remember_features else None
         self.train_data = Documents(config.train, config.length)
         self.held_out = Documents(config.held_out, config.length)
         self.parameters = [p for p in self.drafter.parameters() if p.requires_grad]
@@ -135,7 +136,8 @@ class Trainer:
         label_BAK, mask_BAK = labels(token_BS, mask_BS, anchor_BA, keep_BA, slots)
         half = config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
-            taps_BSD, last_BSD = self.target(token_BS)
+            remembered = self.remembered if data is self.train_data else None
+            taps_BSD, last_BSD = remembered(token_BS, numbers) if remembered else self.target(token_BS)
             target_BAKV = self.target.logits(last_BSD, anchor_BA, slots)
             blocks = self.drafter(token_BS, taps_BSD, anchor_BA)
         return objective(blocks, target_BAKV, label_BAK, mask_BAK, config.loss)

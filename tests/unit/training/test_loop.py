@@ -69,7 +69,10 @@ def losses(out):
     return {line["step"]: line["loss"] for line in lines if "evaluation" not in line}
 
 
-@pytest.mark.parametrize("change", [{}, {"start": "random"}, {"optimizer": "muon"}, {"precision": "bfloat16"}], ids=str)
+CHANGES = [{}, {"start": "random"}, {"optimizer": "muon"}, {"precision": "bfloat16", "remember_features": True}]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_the_loss_falls_and_the_export_loads(recipe, tmp_path, change):
     config = replace(recipe, steps=40, save_every=40, evaluate_every=20, **change)
     Trainer(config, tmp_path).run()
