@@ -60,15 +60,14 @@ def generate(
     from rich.console import Console
 
     from dspark.common.chat import render_chat
-    from dspark.common.log import quiet_libraries
+    from dspark.common.log import quiet_libraries, seconds_of
     from dspark.engine.llm import LLM
-    from dspark.engine.waiting import wait_for_compile
 
     quiet_libraries()
     options = {} if max_draft is None else {"max_draft": max_draft}
-    llm = LLM(target, drafter, planner, dtype=dtype, device=device, max_running=1, **options)
-    if compile:
-        wait_for_compile(Console(stderr=True), llm.core)
+    llm = LLM(target, drafter, planner, dtype=dtype, device=device, max_running=1, compile=compile, **options)
+    with seconds_of(Console(stderr=True), "compiling the forwards, once for this machine") as tick:
+        llm.core.wait_compiled(tick)
     tokens = render_chat(llm.tokenizer, [{"role": "user", "content": text}]) if chat else text
     with _sink(output) as write:
         for commit in llm.stream(tokens, params):

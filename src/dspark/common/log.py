@@ -1,6 +1,11 @@
-"""What libraries may say on a person's terminal: errors, and the progress of downloads."""
+"""What a person's terminal shows beside results: libraries' errors, progress of downloads, what is waited for."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
 
 
 def quiet_libraries() -> None:
@@ -11,3 +16,10 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     enable_progress_bars()
+
+
+@contextmanager
+def seconds_of(console: Console, what: str) -> Iterator[Callable[[float], None]]:
+    """While the context is open, every call with the seconds waited so far shows them after `what`."""
+    with console.status("") as status:
+        yield lambda seconds: status.update(f"{what}: {seconds:.0f} s")

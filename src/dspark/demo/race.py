@@ -56,10 +56,10 @@ class Watched:
 class Lane:
     """One engine that writes one text at a time, with a clock that runs during its steps only."""
 
-    def __init__(self, target: Target, drafter: Drafter | None, planner: str):
+    def __init__(self, target: Target, drafter: Drafter | None, planner: str, *, compile: bool):
         self.watched = Watched(drafter) if drafter is not None else None
         self.name = type(drafter).__name__ if drafter is not None else "plain"
-        self.core = build_engine(target, self.watched, planner, max_running=1, prefix_caching=False)
+        self.core = build_engine(target, self.watched, planner, max_running=1, prefix_caching=False, compile=compile)
         if self.core.tokenizer is None:
             raise UserError("the target has no tokenizer; save one beside its weights")
         self.tokenizer: PreTrainedTokenizerBase = self.core.tokenizer

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 from dspark.common.files import replacing_file
+from dspark.common.log import seconds_of
 from dspark.common.provenance import device_name
 from dspark.common.sampling_params import SamplingParams
 from dspark.demo.compare import Tally, first_difference, measure
@@ -16,8 +17,9 @@ from dspark.demo.page import page
 from dspark.demo.race import Lane
 from dspark.demo.terminal import difference_lines, last_line, legend, run_race, tables
 from dspark.drafters.registry import load_drafter
-from dspark.engine.waiting import start_compile, wait_for_compile
 from dspark.models.target import Target
+
+COMPILING = "compiling the forwards, once for this machine"
 
 
 def show(
@@ -35,22 +37,19 @@ def show(
     """Race, measure and report on `console`; write the page if one is asked for."""
     console = console or Console(highlight=False)
     model = Target.load(target)
-    plain = Lane(model, None, "none")
-    dspark = Lane(model, load_drafter(drafter, model), planner)
+    plain = Lane(model, None, "none", compile=compile)
+    dspark = Lane(model, load_drafter(drafter, model), planner, compile=compile)
     for prompt in prompts:
         dspark.check(prompt, params)
-    if compile:  # in the background; the race begins at once
-        for lane in (plain, dspark):
-            start_compile(lane.core)
     console.print(legend())
     console.print()
     outcomes = [
         run_race(console, plain, dspark, prompt, params, f"prompt {index + 1} of {len(prompts)}")
         for index, prompt in enumerate(prompts)
     ]
-    if compile:
+    with seconds_of(console, COMPILING) as tick:
         for lane in (plain, dspark):
-            wait_for_compile(console, lane.core)
+            lane.core.wait_compiled(tick)
     for outcome in outcomes:  # the race was the warm-up, and drew pictures between its steps
         outcome.plain.clear()
         outcome.dspark.clear()

@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from dspark.common.chat import render_chat
 from dspark.common.errors import UserError
 from dspark.common.files import replacing_file
+from dspark.common.log import seconds_of
 from dspark.common.provenance import provenance
 from dspark.common.sampling_params import SamplingParams
 from dspark.drafters.base import Drafter
 from dspark.drafters.registry import load_drafter
 from dspark.engine.build import build_engine
 from dspark.engine.step import EngineCore
-from dspark.engine.waiting import wait_for_compile
 from dspark.evaluation.decode import (
     Contender,
     Texts,
@@ -69,9 +69,9 @@ def compare_decoding(settings: DecodeSettings, prompts: list[str], output: Path 
     tokens = [encode(tokenizer, text) for text in prompts]
     check_room(tokens, settings.max_tokens, target.context_limit)
     cores = engines(settings, target)
-    if settings.compile:
+    with seconds_of(console, "compiling the forwards, once for this machine") as tick:
         for core in cores:
-            wait_for_compile(console, core)
+            core.wait_compiled(tick)
     names = (PLAIN, f"engine, {type(cores[1].drafter).__name__}")
     contenders = [engine_contender(name, core, params) for name, core in zip(names, cores, strict=True)]
     if settings.library:
@@ -114,9 +114,18 @@ def check_room(prompts: Texts, max_tokens: int, context: int) -> None:
 
 def engines(settings: DecodeSettings, target: Target) -> list[EngineCore]:
     """Plain decoding and speculation, on the same target, each with its own pages."""
-    drafter = load_drafter(settings.drafter, target)
-    pairs: list[tuple[Drafter | None, str]] = [(None, "none"), (drafter, settings.planner)]
-    return [build_engine(target, *pair, max_running=settings.batch, prefix_caching=False) for pair in pairs]
+
+    def engine(drafter: Drafter | None, planner: str) -> EngineCore:
+        return build_engine(
+            target,
+            drafter,
+            planner,
+            max_running=settings.batch,
+            prefix_caching=False,
+            compile=settings.compile,
+        )
+
+    return [engine(None, "none"), engine(load_drafter(settings.drafter, target), settings.planner)]
 
 
 def library(settings: DecodeSettings, params: SamplingParams) -> list[Contender]:

@@ -73,7 +73,8 @@ class SwappableGraph:
             self._fail(error)
             return
         self.status = "compiling"
-        self._thread = threading.Thread(target=self._compile, args=(program, path, example, want), daemon=True)
+        # not a daemon: Python cannot end such a thread inside C++ without aborting, and what is done is cached
+        self._thread = threading.Thread(target=self._compile, args=(program, path, example, want))
         self._thread.start()
 
     def wait(self, tick: Callable[[float], None] | None = None) -> None:
