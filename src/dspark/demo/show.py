@@ -37,8 +37,9 @@ def show(
     """Race, measure and report on `console`; write the page if one is asked for."""
     console = console or Console(highlight=False)
     model = Target.load(target)
+    proposer = load_drafter(drafter, model)
     plain = Lane(model, None, "none", compile=compile)
-    dspark = Lane(model, load_drafter(drafter, model), planner, compile=compile)
+    dspark = Lane(model, proposer, planner, compile=compile)
     for prompt in prompts:
         dspark.check(prompt, params)
     console.print(legend())

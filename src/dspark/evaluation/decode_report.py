@@ -114,6 +114,7 @@ def check_room(prompts: Texts, max_tokens: int, context: int) -> None:
 
 def engines(settings: DecodeSettings, target: Target) -> list[EngineCore]:
     """Plain decoding and speculation, on the same target, each with its own pages."""
+    proposer = load_drafter(settings.drafter, target)
 
     def engine(drafter: Drafter | None, planner: str) -> EngineCore:
         return build_engine(
@@ -125,7 +126,7 @@ def engines(settings: DecodeSettings, target: Target) -> list[EngineCore]:
             compile=settings.compile,
         )
 
-    return [engine(None, "none"), engine(load_drafter(settings.drafter, target), settings.planner)]
+    return [engine(None, "none"), engine(proposer, settings.planner)]
 
 
 def library(settings: DecodeSettings, params: SamplingParams) -> list[Contender]:

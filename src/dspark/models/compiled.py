@@ -12,7 +12,8 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,35 @@ SHIMS = {
     "ragged_attention": "H q, H k, H v, H pool_k, H pool_v, H table, H cu, H context, int64_t page_size, double scale, "
     "int32_t causal, int64_t window, double softcap, H* out",
 }
-_one_at_a_time = threading.Lock()
+PAUSE = 2.0  # seconds after the last trace before compiling begins
+
+
+class _Turns:
+    """Torch's tracers serve one thread of a process at a time, and compiling traces too.
+
+    Compiling waits until nobody has traced for a while, so that all forwards of an engine are traced before the first
+    of them is compiled: else the second would be traced half a minute later.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.traced = 0.0
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        with self.lock:
+            yield
+            self.traced = time.monotonic()
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        while time.monotonic() - self.traced < PAUSE:
+            time.sleep(0.1)
+        with self.lock:
+            yield
+
+
+_turns = _Turns()
 
 
 class SwappableGraph:
@@ -68,7 +97,8 @@ class SwappableGraph:
             self._adopt(path, example, want)
             return
         try:
-            program = _trace(self.module, example)
+            with _turns.tracing():
+                program = _trace(self.module, example)
         except Exception as error:  # a family the tracer cannot follow runs eagerly: slower, never wrong
             self._fail(error)
             return
@@ -87,7 +117,7 @@ class SwappableGraph:
 
     def _compile(self, program: Any, path: Path, example: Sequence[Tensor], want: Sequence[Tensor]) -> None:
         try:
-            with _one_at_a_time, torch.no_grad(), warnings.catch_warnings():
+            with _turns.compiling(), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 _compile_to(program, path)
                 self._adopt(path, example, want)
