@@ -103,3 +103,15 @@ def test_next_ends_a_stage(out: Path) -> None:
     trainer.run()
     assert trainer.progress.tokens == 512
     assert not (out / "NEXT").exists()
+
+
+@pytest.mark.parametrize("length", [1, 256, 300])
+def test_the_training_attention_equals_the_librarys(length: int) -> None:
+    torch.manual_seed(0)
+    model = build_model(TINY, 2, 0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids = torch.randint(0, 320, (2, length))
+    ours = model(ids, use_cache=False).logits
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(ours, model(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
