@@ -41,8 +41,10 @@ def prepare(recipe: TargetRecipe, out: Path) -> None:
     symbols = {index: symbol for symbol, index in tokenizer.get_vocab().items()}
     sizes = np.array([token_bytes(symbols[i]) for i in range(len(symbols))], dtype=np.int64)
     np.save(out / "token_bytes.npy", sizes)
+    listing = corpus.manifest(files)
+    (out / "held_out.json").write_text(json.dumps(listing["held_out"], indent=1) + "\n", encoding="utf-8")
     with replacing_file(out / "manifest.json") as partial:
-        partial.write_text(json.dumps(corpus.manifest(files), indent=1), encoding="utf-8")
+        partial.write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
 
 
 def load_data(out: Path) -> Data:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,15 +74,15 @@ def stacked(model: Qwen3ForCausalLM, architecture: Architecture, layers: int) ->
     return deep
 
 
-def export(model: Qwen3ForCausalLM, tokenizer: Path, target: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load, put in place by renaming."""
+def export(model: Qwen3ForCausalLM, extras: list[Path], target: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load, `extras` beside it, put in place by renaming."""
     logging.disable_progress_bar()
-    copy = Qwen3ForCausalLM(model.config).to(dtype)
+    copy = Qwen3ForCausalLM(deepcopy(model.config)).to(dtype)
     copy.load_state_dict(model.state_dict())
     copy.config.dtype = dtype
     end = model.config.eos_token_id
     copy.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end, do_sample=False)
     with replacing_directory(target) as partial:
         copy.save_pretrained(partial, max_shard_size="15MB")
-        for file in tokenizer.iterdir():
+        for file in extras:
             shutil.copy(file, partial)

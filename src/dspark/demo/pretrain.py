@@ -140,7 +140,7 @@ class Trainer:
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(text + "\n")
         print(text, flush=True)
-        export(self.model, self.out / "tokenizer", self.out / "export")
+        self._export()
 
     def _conclude(self) -> None:
         """The result on every held-out token, in the longest rows that were trained."""
@@ -148,7 +148,11 @@ class Trainer:
         result = {**asdict(self.progress), "held_out_bits_per_byte": bits, "held_out_bytes": size}
         with replacing_file(self.out / "result.json") as partial:
             partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        export(self.model, self.out / "tokenizer", self.out / "export")
+        self._export()
+
+    def _export(self) -> None:
+        extras = [*(self.out / "tokenizer").iterdir(), self.out / "held_out.json"]
+        export(self.model, extras, self.out / "export")
 
     def save(self) -> None:
         """Replace the checkpoint in one move, so that a kill at any moment leaves a whole one."""

@@ -36,6 +36,7 @@ def out(tmp_path: Path) -> Path:
     for name, size in (("train", 1000), ("held_out", 300)):
         np.save(tmp_path / f"{name}.npy", (np.arange(size) % 7 + 8 + generator.integers(0, 2, size)).astype(np.uint16))
     np.save(tmp_path / "token_bytes.npy", np.ones(320, dtype=np.int64))
+    (tmp_path / "held_out.json").write_text("[]")
     save_tokenizer(train_tokenizer(["x = 1\n"] * 9, vocab_size=264), tmp_path / "tokenizer", context=64)
     return tmp_path
 
@@ -78,6 +79,7 @@ def test_a_run_goes_through_its_stages_and_exports(out: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(out / "export")
     assert loaded.config.num_hidden_layers == 2 and loaded.dtype == torch.bfloat16
     assert len(AutoTokenizer.from_pretrained(out / "export")) == 264
+    assert (out / "export" / "held_out.json").read_text() == "[]"
     ids = torch.arange(8, 20)[None]
     torch.testing.assert_close(loaded.float()(ids).logits, trainer.model(ids).logits, atol=0.05, rtol=0.05)
 
