@@ -60,6 +60,7 @@ def generate(
     from rich.console import Console
 
     from dspark.common.chat import render_chat
+    from dspark.common.collector import freeze_startup
     from dspark.common.log import quiet_libraries, seconds_of
     from dspark.engine.llm import LLM
 
@@ -68,6 +69,7 @@ def generate(
     llm = LLM(target, drafter, planner, dtype=dtype, device=device, max_running=1, compile=compile, **options)
     with seconds_of(Console(stderr=True), "compiling the forwards, once for this machine") as tick:
         llm.core.wait_compiled(tick)
+    freeze_startup()
     tokens = render_chat(llm.tokenizer, [{"role": "user", "content": text}]) if chat else text
     with _sink(output) as write:
         for commit in llm.stream(tokens, params):

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from dspark.common.collector import freeze_startup
 from dspark.common.files import replacing_file
 from dspark.common.log import seconds_of
 from dspark.common.provenance import device_name
@@ -51,6 +52,7 @@ def show(
     with seconds_of(console, COMPILING) as tick:
         for lane in (plain, dspark):
             lane.core.wait_compiled(tick)
+    freeze_startup()
     for outcome in outcomes:  # the race was the warm-up, and drew pictures between its steps
         outcome.plain.clear()
         outcome.dspark.clear()

@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from dspark.common.chat import render_chat
+from dspark.common.collector import freeze_startup
 from dspark.common.errors import UserError
 from dspark.common.files import replacing_file
 from dspark.common.log import seconds_of
@@ -76,6 +77,7 @@ def compare_decoding(settings: DecodeSettings, prompts: list[str], output: Path 
     contenders = [engine_contender(name, core, params) for name, core in zip(names, cores, strict=True)]
     if settings.library:
         contenders += library(settings, params)
+    freeze_startup()
     with Progress(console=console, transient=True) as progress:
         batches = -(-len(tokens) // settings.batch)
         task = progress.add_task("measuring", total=len(contenders) * (1 + settings.rounds * batches))
