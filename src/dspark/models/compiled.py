@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 from dspark.models.fusion import merge_linears
-from dspark.ops.cpu import cache_directory, load_kernels, machine_key
+from dspark.ops.cpu import cache_directory, load_kernels, machine_key, serial_glue
 
 log = logging.getLogger(__name__)
 SHIMS = {
@@ -34,6 +34,7 @@ SHIMS = {
     "ragged_attention": "H q, H k, H v, H pool_k, H pool_v, H table, H cu, H context, int64_t page_size, double scale, "
     "int32_t causal, int64_t window, double softcap, H* out",
 }
+FEW_ROWS = 16  # up to here a graph's loops between the products run on one thread
 PAUSE = 2.0  # seconds after the last trace before compiling begins
 
 
@@ -78,9 +79,12 @@ class SwappableGraph:
 
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
         """The module's outputs as a flat sequence."""
-        if self._runner is not None:
+        if self._runner is None:
+            return self.module(*tensors)
+        if len(tensors[0]) > FEW_ROWS:
             return self._runner.boxed_run(list(tensors))
-        return self.module(*tensors)
+        with serial_glue():
+            return self._runner.boxed_run(list(tensors))
 
     @torch.inference_mode(False)
     @torch.no_grad()

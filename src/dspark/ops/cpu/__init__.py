@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -11,12 +12,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels.cpp")
+_library: list[ctypes.CDLL] = []
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno")
 
 
@@ -47,7 +50,7 @@ def load_kernels() -> bool:
     try:
         if not library.is_file():
             _build(compiler, library)
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # global: compiled graphs call the C functions in it
+        _library.append(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL))  # global: compiled graphs call into it
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         log.warning("CPU kernels could not be built, falling back to torch: %s", detail.strip().splitlines()[:1])
@@ -55,6 +58,16 @@ def load_kernels() -> bool:
     from dspark.ops.cpu import fakes  # noqa: F401  shapes for tracing, once the ops exist
 
     return True
+
+
+@contextlib.contextmanager
+def serial_glue() -> Iterator[None]:
+    """Inside, only our own kernels use several threads: for few rows, everything else is shorter than a barrier."""
+    _library[0].dspark_serial_glue(1)
+    try:
+        yield
+    finally:
+        _library[0].dspark_serial_glue(0)
 
 
 def _build(compiler: str, library: Path) -> None:

@@ -28,7 +28,7 @@ namespace {
 using at::Tensor;
 constexpr int64_t LANES = 16;
 constexpr int64_t ROWS = 8;  // rows that share one pass over a weight tile
-constexpr int64_t PREFETCH = 1024;  // bytes ahead: keeps memory busy while 8 rows compute
+constexpr int64_t PREFETCH = 4096;  // bytes ahead: keeps memory busy while 8 rows compute
 typedef float Vec __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t Bits __attribute__((vector_size(64), aligned(4)));
 
@@ -37,6 +37,11 @@ inline float widen(at::Half x) { return static_cast<float>(x); }
 inline float widen(float x) { return x; }
 
 inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
+
+// Threads of our own regions. While a graph of few rows runs, OpenMP's number is 1: its elementwise loops are shorter
+// than the barriers between them (measured: 15 % of a step), and ours keep the number that was set before.
+thread_local int kept_threads = 0;
+inline int thread_count() { return kept_threads ? kept_threads : at::get_num_threads(); }
 
 // ---- packed linear: weights lie as [N/16][K/STEP][16][STEP], one stream per tile of 16 outputs -------------------
 
@@ -81,12 +86,15 @@ void product(const Scalar* x, const Scalar* weight, const float* bias, Scalar* o
   for (int m = 0; m < M; ++m)
     for (int t = 0; t < TILES; ++t) acc[m][t] = Vec{};
   const Scalar* w = weight + first * tile;
+  const Scalar* ahead = w + PREFETCH / sizeof(Scalar);
+  const int64_t turn = K - PREFETCH / int64_t(LANES * sizeof(Scalar));  // from here on, the start of the next tiles
   for (int64_t k = 0; k < K; k += P::STEP) {
     decltype(P::weights(w)) lanes[TILES];
+    if (k == turn) ahead += (TILES - 1) * tile;
 #pragma GCC unroll 8
     for (int t = 0; t < TILES; ++t) {
       lanes[t] = P::weights(w + t * tile + k * LANES);
-      __builtin_prefetch(reinterpret_cast<const char*>(w + t * tile + k * LANES) + PREFETCH);
+      __builtin_prefetch(ahead + t * tile + k * LANES);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
@@ -130,7 +138,7 @@ void products_into(const Tensor& rows_x, std::vector<Product>& products, int64_t
   const Scalar* x = rows_x.const_data_ptr<Scalar>();
   int64_t tiles = 0, outputs = 0;
   for (const Product& p : products) tiles += (p.n + LANES - 1) / LANES, outputs += p.n;
-  const int threads = at::get_num_threads();
+  const int threads = thread_count();
 #pragma omp parallel num_threads(threads) if (threads > 1 && tiles > 1 && outputs * K >= 16384)
   {
     const int64_t id = omp_get_thread_num(), of = omp_get_num_threads();
@@ -386,7 +394,7 @@ void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
       for (int64_t g = 0; g < s.groups; ++g) pieces.push_back({r, g, first, std::min(own, first + ROWS)});
   }
   const int64_t count = pieces.size();
-  const int threads = at::get_num_threads();
+  const int threads = thread_count();
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && count > 1 && work >= 32768)
   for (int64_t i = 0; i < count; ++i) {
     const Piece& p = pieces[i];
@@ -522,7 +530,7 @@ std::tuple<Tensor, Tensor, Tensor> draft_chain(const Tensor& base, const Tensor&
   if (sees_token) padded.slice(0, 0, rank).copy_(confidence_w);
   const Tensor basec = base.contiguous(), anchorc = anchor.contiguous(), temperaturec = temperature.contiguous(),
                uniformc = uniform.contiguous();
-  const int threads = at::get_num_threads();
+  const int threads = thread_count();
   const int64_t* anchors = anchorc.const_data_ptr<int64_t>();
   const double *heats = temperaturec.const_data_ptr<double>(), *uniforms = uniformc.const_data_ptr<double>();
   const float* seen = padded.const_data_ptr<float>();
@@ -617,7 +625,7 @@ std::tuple<Tensor, Tensor> verdict(const Tensor& logits, at::IntArrayRef plan, c
   for (int64_t r = 1; r < R; ++r) start[r] = start[r - 1] + plan[r - 1] + 1;
   const Tensor x = logits.contiguous(), t = token.contiguous(), law = q.contiguous(), heat = temperature.contiguous(),
                u = accept.contiguous(), f = final_u.contiguous();
-  const int threads = at::get_num_threads();
+  const int threads = thread_count();
   const int64_t* drafted = t.const_data_ptr<int64_t>();
   const float* laws = law.const_data_ptr<float>();
   const double *heats = heat.const_data_ptr<double>(), *accepts = u.const_data_ptr<double>(),
@@ -675,6 +683,16 @@ AtenTensorHandle give(Tensor&& tensor) { return torch::aot_inductor::new_tensor_
 
 extern "C" {
 using H = AtenTensorHandle;
+
+void dspark_serial_glue(int on) {
+  if (on && !kept_threads) {
+    kept_threads = at::get_num_threads();
+    omp_set_num_threads(1);
+  } else if (!on && kept_threads) {
+    omp_set_num_threads(kept_threads);
+    kept_threads = 0;
+  }
+}
 
 AOTITorchError aoti_torch_cpu_linear(H x, H w, H* b, int64_t n, H* out) {
   AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({ *out = give(linear(get(x), get(w), maybe(b), n)); });
