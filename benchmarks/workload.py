@@ -18,6 +18,7 @@ from dspark.drafters.config import parse
 from dspark.engine.config import EngineConfig
 from dspark.engine.step import EngineCore
 from dspark.models.target import ATTENTION, Target
+from dspark.ops.linear import pack_linears
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 HIDDEN, LAYERS, VOCABULARY, BLOCK, RANK = 1024, 12, 4096, 7, 256
@@ -65,7 +66,9 @@ def random_drafter(target: Target, layers: int = 1) -> Drafter:
         "markov_head_type": "vanilla",
     }
     drafter = build(parse(fields, "config.json"), target.embedding_VD, target.head)
-    return drafter.to(target.dtype).eval().requires_grad_(False)
+    drafter = drafter.to(target.dtype).eval().requires_grad_(False)
+    pack_linears(drafter.body)
+    return drafter
 
 
 def engine(target: Target, drafter: Drafter | None = None, **options: object) -> EngineCore:
@@ -81,8 +84,10 @@ def prompts(count: int, length: int = 128, vocabulary: int = VOCABULARY) -> list
     return torch.randint(0, vocabulary - 1, (count, length), generator=generator).tolist()
 
 
-def decode(core: EngineCore, requests: Sequence[Sequence[int]], tokens: int) -> tuple[float, list[list[int]], list[int]]:
-    """Greedy decoding of all prompts at once: (seconds after the prefill, the new tokens of each, request ids)."""
+def decode(
+    core: EngineCore, requests: Sequence[Sequence[int]], tokens: int
+) -> tuple[float, list[list[int]], list[int]]:
+    """Greedy decoding of all prompts at once: (seconds after the prefill, the new tokens of each)."""
     greedy = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     ids = [core.add(prompt, greedy) for prompt in requests]
     made: dict[int, list[int]] = {request_id: [] for request_id in ids}
@@ -96,7 +101,7 @@ def decode(core: EngineCore, requests: Sequence[Sequence[int]], tokens: int) -> 
             made[commit.request_id] += commit.token_ids
     seconds = time.perf_counter() - started
     share = (sum(map(len, made.values())) - prefilled) / (tokens * len(ids))
-    return seconds / share, [made[request_id] for request_id in ids], ids
+    return seconds / share, [made[request_id] for request_id in ids]
 
 
 def interleaved(cases: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
