@@ -64,10 +64,14 @@ class Body(nn.Module):
         """Compile both forwards or load them from the cache; they run eagerly until that is done."""
         pools = [x.new_zeros(8 * self.page_size, *x.shape[1:]) for x in flat(self.pools)]
         config, order_T = self.backbone.config, torch.arange(6)
-        table_RP, position_R = torch.tensor([[1, 2], [3, 4]]).int(), torch.tensor([2, 3])
-        self._block.prepare((position_R, position_R, table_RP, order_T[:4], *pools))
+        table_RP, anchor_R, position_R = (
+            torch.tensor([[1, 2], [3, 4]]).int(),
+            torch.tensor([5, 7]),
+            torch.tensor([2, 3]),
+        )
+        self._block.prepare((anchor_R, position_R, table_RP, order_T[:4], *pools))
         taps_TD = torch.randn(6, config.tap_count * config.hidden_size).to(pools[0].dtype)
-        self._context.prepare((taps_TD, order_T, order_T, *pools))
+        self._context.prepare((taps_TD, order_T + 9, order_T, *pools))  # positions that are not the slots
         return self._block, self._context
 
     @torch.inference_mode()

@@ -96,7 +96,7 @@ class SwappableGraph:
         if not load_kernels() or self.status != "eager":
             return
         path = cache_directory() / f"graph-{self.key}.pt2"
-        want = [output.clone() for output in self.module(*example)]
+        want = _results(self.module, example)
         if path.is_file():
             self._adopt(path, example, want)
             return
@@ -136,8 +136,9 @@ class SwappableGraph:
             weights.update(traced.named_parameters(remove_duplicate=False))
             names = compiled.get_constant_fqns()
             compiled.load_constants({name: weights[name] for name in names}, check_full_update=True, user_managed=True)
-            for got, wanted in zip(compiled.loader.boxed_run(list(example)), want, strict=True):
-                _check_close(got, wanted)
+            got = _results(lambda *tensors: compiled.loader.boxed_run(list(tensors)), example)
+            for one, wanted in zip(got, want, strict=True):
+                _check_close(one, wanted)
         except Exception as error:  # e.g. a cache written by another build: compile anew next time
             path.unlink(missing_ok=True)
             self._fail(error)
@@ -147,6 +148,13 @@ class SwappableGraph:
     def _fail(self, error: Exception) -> None:
         self.status = "failed"
         log.warning("running %s eagerly, no compiled graph: %s", type(self.module).__name__, str(error).split("\n")[0])
+
+
+def _results(function: Callable[..., Sequence[Tensor]], example: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs, and what was written into the inputs."""
+    inputs = [tensor.clone() for tensor in example]
+    outputs = [tensor.clone() for tensor in function(*inputs)]
+    return outputs + inputs
 
 
 def _key(identity: str) -> str:
@@ -164,7 +172,8 @@ def _trace(module: nn.Module, example: Sequence[Tensor]) -> Any:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(_Flat(module), tuple(example), dynamic_shapes=(dynamic,), strict=False)
+        inputs = tuple(x.clone() for x in example)  # a tensor given twice would become one input of the graph
+        program = torch.export.export(_Flat(module), inputs, dynamic_shapes=(dynamic,), strict=False)
     merge_linears(program.graph_module)
     return program
 

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from dspark.models.batch import Ragged
+from dspark.models.compiled import _trace
 from dspark.models.target import ATTENTION, Target
 from dspark.ops.cpu import load_kernels
 
@@ -80,3 +81,14 @@ def test_a_broken_cache_file_is_dropped_and_the_eager_model_serves(cache, caplog
     assert "eagerly" in caplog.text
     assert sum(path.exists() for path in paths) == len(paths) - 1
     assert run(target, target.allocate(12, PAGE), 3)[0].shape == (3, 64)
+
+
+class Difference(torch.nn.Module):
+    def forward(self, a, b):
+        return (a - b,)
+
+
+def test_a_tensor_given_twice_stays_two_inputs():
+    example = torch.arange(4.0)
+    program = _trace(Difference(), (example, example))
+    assert torch.equal(program.module()(example + 1, example)[0], torch.ones(4))
