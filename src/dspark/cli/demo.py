@@ -15,7 +15,7 @@ def demo(
     file: Annotated[Path | None, typer.Option(help="Complete this UTF-8 file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the coloured texts as a page.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to write for each prompt.")] = 160,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to write for each prompt.")] = 96,
     seed: Annotated[int, typer.Option(help="The text's noise at a temperature above 0.")] = 0,
     planner: Annotated[str, typer.Option(help="full, fixed:N or threshold:C.")] = "full",
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each prompt; medians are reported.")] = 3,

@@ -1,27 +1,49 @@
 """The demo's prompts: beginnings of ordinary Python, written for it and in no training file."""
 
 PROMPTS = (
-    '''\
-import os
-import json
+    """\
+class Visitor:
+    def visit_name(self, node):
+        return node.name
+
+    def visit_number(self, node):
+        return node.value
+
+    def visit_add(self, node):
+        return self.visit(node.left) + self.visit(node.right)
+
+    def visit_subtract(self, node):
+""",
+    """\
+class Node:
+    def __init__(self, value, left=None, right=None):
+        self.value = value
+        self.left = left
+        self.right = right
+
+    def __repr__(self):
+        return f"Node({self.value!r}, {self.left!r}, {self.right!r})"
+
+    def __eq__(self, other):
+        if not isinstance(other, Node):
+            return NotImplemented
+""",
+    """\
+import unittest
+
+from shop import Basket
 
 
-def load_settings(path, default=None):
-    """Return the settings stored in the JSON file at path.
+class BasketTest(unittest.TestCase):
 
-    If the file does not exist, return default.
-    """
-''',
-    '''\
-class Stack:
-    """A last-in, first-out collection of items."""
+    def setUp(self):
+        self.basket = Basket()
 
-    def __init__(self, items=None):
-        self._items = list(items or [])
+    def test_empty(self):
+        self.assertEqual(self.basket.count(), 0)
 
-    def push(self, item):
-        """Put an item on top."""
-''',
+    def test_add(self):
+""",
     """\
 import argparse
 
@@ -29,18 +51,5 @@ import argparse
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Count the words of text files.")
     parser.add_argument("files", nargs="+", help="the files to read")
-""",
-    """\
-import unittest
-
-from inventory import Inventory
-
-
-class InventoryTest(unittest.TestCase):
-
-    def setUp(self):
-        self.inventory = Inventory()
-
-    def test_add_item(self):
 """,
 )
