@@ -203,4 +203,5 @@ def save(
     raw = {**config.raw, "dtype": str(next(iter(state.values())).dtype).removeprefix("torch.")}
     with replacing_directory(directory) as fresh:
         save_file(state, fresh / "model.safetensors", metadata={"format": "pt"})
+        (fresh / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
         (fresh / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
