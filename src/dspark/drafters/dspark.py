@@ -16,6 +16,7 @@ from dspark.drafters.heads import ConfidenceHead, VanillaMarkov
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 from dspark.ops.chain import Tempered, draft_chain
+from dspark.ops.linear import pack, pack_linears, packable
 
 
 class DSpark(nn.Module):
@@ -42,6 +43,14 @@ class DSpark(nn.Module):
         self.taps = taps
         self.block_size = block_size
         self.markov_top_k = markov_top_k
+        self.packed_w2: Tensor | None = None
+
+    def pack(self) -> None:
+        """Put weights into the CPU kernels' layout, where there is one; the sequential head's are read by rows too."""
+        pack_linears(self.body)
+        w2_Vr = self.markov_head.markov_w2.weight
+        if self.markov_top_k == 0 and type(self.markov_head) is VanillaMarkov and packable(w2_Vr):
+            self.packed_w2 = pack(w2_Vr.detach())
 
     def allocate(self, pages: int, page_size: int) -> None:
         self.body.allocate(pages, page_size)
@@ -68,7 +77,7 @@ class DSpark(nn.Module):
         w1_Vr, w2_Vr = self.markov_head.markov_w1.weight, self.markov_head.markov_w2.weight
         seen_RK, seen_r = head.split(hidden_RKD)
         token_RK, law_RKV, logit_RK = draft_chain(
-            base_RKV, w1_Vr, w2_Vr, anchor_R, tempered, self.markov_top_k, seen_RK, seen_r
+            base_RKV, w1_Vr, w2_Vr, anchor_R, tempered, self.markov_top_k, seen_RK, seen_r, self.packed_w2
         )
         return Draft(token_RK, law_RKV, torch.sigmoid(logit_RK), [token_RK.shape[1]] * len(anchor_R))
 

@@ -67,8 +67,10 @@ def load_drafter(
                 f"pass --block-size {drafter.block_size} or less"
             )
         drafter.block_size = block_size
-    # The sequential head's kernel reads its small matrices by rows, so they stay as they are.
-    pack_linears(drafter if isinstance(drafter, Eagle3) else drafter.body)
+    if isinstance(drafter, DSpark):
+        drafter.pack()
+    else:
+        pack_linears(drafter if isinstance(drafter, Eagle3) else drafter.body)
     return drafter
 
 

@@ -32,17 +32,20 @@ def draft_chain(
     top: int,
     confidence_RK: Tensor,
     confidence_r: Tensor,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens [R, K], the laws they were drawn from [R, K, V] in float32, confidence logits [R, K].
 
     Slot k draws from softmax((U_k + W2 W1[x_{k-1}]) / temperature), restricted to the `top` largest of U_k if top > 0
     (DSpark, eqs. 4–5), by inverse CDF in token order. Confidence logits are `confidence_RK` + W1[x_{k-1}]·confidence_r
-    (eq. 7); an empty `confidence_r` leaves them as they are.
+    (eq. 7); an empty `confidence_r` leaves them as they are. `packed` is `ops.linear.pack(w2_Vr)`, five times as fast
+    without a restriction.
     """
     kernel = base_RKV.device.type == "cpu" and base_RKV.dtype in KERNEL_DTYPES and load_kernels()
-    run = torch.ops.dspark.draft_chain if kernel else draft_chain_plain
-    rest = (tempered.temperature_R, tempered.uniform_RK, top, confidence_RK, confidence_r)
-    return run(base_RKV, w1_Vr, w2_Vr, anchor_R, *rest)
+    arguments = (base_RKV, w1_Vr, w2_Vr, anchor_R, tempered.temperature_R, tempered.uniform_RK, top)
+    if kernel:
+        return torch.ops.dspark.draft_chain(*arguments, confidence_RK, confidence_r, packed)
+    return draft_chain_plain(*arguments, confidence_RK, confidence_r)
 
 
 def draft_chain_plain(

@@ -5,6 +5,7 @@ import torch
 
 from dspark.ops.chain import Tempered, draft_chain, draft_chain_plain
 from dspark.ops.cpu import load_kernels
+from dspark.ops.linear import pack
 
 R, K, V, RANK = 5, 4, 97, 24
 
@@ -27,12 +28,14 @@ def case(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top", [0, 1, 7, 96, 200])
 @pytest.mark.parametrize("sees_token", [True, False])
-def test_kernel_equals_its_plain_twin(dtype, top, sees_token):
+@pytest.mark.parametrize("with_packed", [True, False])
+def test_kernel_equals_its_plain_twin(dtype, top, sees_token, with_packed):
     base, w1, w2, anchor, temperature, uniform = case(dtype)
     confidence = torch.randn(R, K)
     weight = torch.randn(RANK) if sees_token else torch.empty(0)
     want = draft_chain_plain(base, w1, w2, anchor, temperature, uniform, top, confidence, weight)
-    got = draft_chain(base, w1, w2, anchor, Tempered(temperature, uniform), top, confidence, weight)
+    packed = pack(w2) if with_packed else None
+    got = draft_chain(base, w1, w2, anchor, Tempered(temperature, uniform), top, confidence, weight, packed)
     assert torch.equal(got[0], want[0])
     torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(got[2], want[2], rtol=1e-4, atol=1e-4)

@@ -78,8 +78,8 @@ struct Packed<at::BFloat16> {
 };
 #endif
 
-template <typename Scalar, int M, int TILES>
-void product(const Scalar* x, const Scalar* weight, const float* bias, Scalar* out, int64_t K, int64_t N, int64_t first) {
+template <typename Scalar, int M, int TILES, typename Out = Scalar>
+void product(const Scalar* x, const Scalar* weight, const float* bias, Out* out, int64_t K, int64_t N, int64_t first) {
   using P = Packed<Scalar>;
   const int64_t tile = K * LANES;
   Vec acc[M][TILES];
@@ -106,7 +106,7 @@ void product(const Scalar* x, const Scalar* weight, const float* bias, Scalar* o
       const int64_t n = (first + t) * LANES, count = std::min(LANES, N - n);
       for (int64_t i = 0; i < count; ++i) {
         const float value = acc[m][t][i] + (bias ? bias[n + i] : 0.0f);
-        out[m * N + n + i] = static_cast<Scalar>(value);
+        out[m * N + n + i] = static_cast<Out>(value);
       }
     }
 }
@@ -445,6 +445,26 @@ inline float dot(const float* a, const float* b, int64_t size) {  // size is a m
   return ((half[0] + half[4]) + (half[1] + half[5])) + ((half[2] + half[6]) + (half[3] + half[7]));
 }
 
+// The largest of x[count], which is padded with -inf to a multiple of 16; NaN is never the largest.
+inline float peak_of(const float* x, int64_t count) {
+  Vec peaks = Vec{} - INFINITY;
+  for (int64_t i = 0; i < count; i += LANES) {
+    const Vec here = load(x + i);
+    peaks = here > peaks ? here : peaks;
+  }
+  float peak = peaks[0];
+  for (int lane = 1; lane < LANES; ++lane) peak = std::max(peak, peaks[lane]);
+  return peak;
+}
+
+// Where `value` first stands in x[count]; `none` where it does not.
+inline int64_t first_of(const float* x, int64_t count, float value, int64_t none) {
+  for (int64_t i = 0; i < count; i += LANES)
+    for (int64_t lane = i; lane < std::min(i + LANES, count); ++lane)
+      if (x[lane] == value) return lane;
+  return none;
+}
+
 inline uint32_t rank_of(float x) {  // orders floats as unsigned integers
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -474,12 +494,51 @@ void largest(const float* value, int64_t V, int64_t top, std::vector<int32_t>& c
   }
 }
 
+inline float block_sum(const float* x) {  // of 16 values, in an order that vectors like
+  float half[LANES / 2];
+  for (int64_t i = 0; i < LANES / 2; ++i) half[i] = x[i] + x[i + LANES / 2];
+  return ((half[0] + half[4]) + (half[1] + half[5])) + ((half[2] + half[6]) + (half[3] + half[7]));
+}
+
+// The first index whose cumulative weight reaches u of the whole and that has weight; `count` where there is none.
+// `weight` is zero-padded to a multiple of 16.
+inline int64_t draw_from(const std::vector<float>& weight, int64_t count, double total, double u) {
+  const double aim = total * u;
+  double seen = 0;
+  int64_t last = count;
+  for (int64_t base = 0; base < count; base += LANES) {
+    const double block = block_sum(&weight[base]);
+    if (seen + block < aim) {
+      seen += block;
+      if (block > 0) last = base;
+      continue;
+    }
+    for (int64_t i = base; i < std::min(base + LANES, count); ++i) {
+      if (!(weight[i] > 0)) continue;
+      seen += weight[i], last = i;
+      if (seen >= aim) return i;
+    }
+  }
+  while (last < count && !(weight[last] > 0)) ++last;
+  return last;
+}
+
+// bias[V] = W2 times one embedding, W2 packed like every linear's weights.
 template <typename Scalar>
-void chain_of(const Scalar* base, const Scalar* w1, const Scalar* w2, int64_t anchor, int64_t K, int64_t V, int64_t rank,
+void bias_of_all(const Scalar* embedding, const Scalar* packed, int64_t rank, int64_t V, float* bias) {
+  const int64_t tiles = (V + LANES - 1) / LANES;
+  int64_t tile = 0;
+  for (; tile + 4 <= tiles; tile += 4) product<Scalar, 1, 4, float>(embedding, packed, nullptr, bias, rank, V, tile);
+  for (; tile < tiles; ++tile) product<Scalar, 1, 1, float>(embedding, packed, nullptr, bias, rank, V, tile);
+}
+
+// `packed` is W2 once more in the layout of products, or null; it serves slots that look at all of the vocabulary.
+template <typename Scalar>
+void chain_of(const Scalar* base, const Scalar* w1, const Scalar* w2, const Scalar* packed, int64_t anchor, int64_t K, int64_t V, int64_t rank,
               int64_t top, double temperature, const double* uniform, const float* confidence_w, int64_t* token, float* q,
               float* confidence) {
   const int64_t padded = (rank + LANES - 1) / LANES * LANES;
-  std::vector<float> wide(V), embedding(padded, 0.0f), row(padded, 0.0f), logit(V + LANES);
+  std::vector<float> wide(V), embedding(padded, 0.0f), row(padded, 0.0f), logit(V + LANES), bias(V);
   std::vector<int32_t> chosen;
   int64_t previous = anchor;
   for (int64_t k = 0; k < K; ++k) {
@@ -487,31 +546,32 @@ void chain_of(const Scalar* base, const Scalar* w1, const Scalar* w2, int64_t an
     largest(wide.data(), V, top, chosen);
     for (int64_t j = 0; j < rank; ++j) embedding[j] = widen(w1[previous * rank + j]);
     const int64_t count = chosen.size();
-    float peak = -INFINITY;
-    int64_t best = count - 1;
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t j = 0; j < rank; ++j) row[j] = widen(w2[chosen[i] * rank + j]);
-      logit[i] = wide[chosen[i]] + dot(row.data(), embedding.data(), padded);
-      if (logit[i] > peak) peak = logit[i], best = i;
+    if (packed && count == V) {
+      bias_of_all(w1 + previous * rank, packed, rank, V, bias.data());
+      for (int64_t v = 0; v < V; ++v) logit[v] = wide[v] + bias[v];
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t j = 0; j < rank; ++j) row[j] = widen(w2[chosen[i] * rank + j]);
+        logit[i] = wide[chosen[i]] + dot(row.data(), embedding.data(), padded);
+      }
     }
+    for (int64_t i = count; i < count + LANES; ++i) logit[i] = -INFINITY;
+    const float peak = peak_of(logit.data(), count);
+    int64_t best = first_of(logit.data(), count, peak, count - 1);
     if (temperature == 0) {
       q[k * V + chosen[best]] = 1.0f;
     } else {
-      for (int64_t i = count; i < count + LANES; ++i) logit[i] = -INFINITY;
-      double total = 0, seen = 0;
+      double total = 0;
       for (int64_t i = 0; i < count; i += LANES) {
-        const Vec weight = exponential((load(&logit[i]) - peak) / float(temperature));
+        const Vec raw = load(&logit[i]);
+        const Vec weight = raw > Vec{} - INFINITY ? exponential((raw - peak) / float(temperature)) : Vec{};
         std::memcpy(&logit[i], &weight, sizeof weight);
-        for (int64_t lane = 0; lane < std::min(LANES, count - i); ++lane) total += weight[lane];
+        total += block_sum(&logit[i]);
       }
-      const double aim = total * uniform[k];
-      best = -1;
-      for (int64_t i = 0; i < count; ++i) {
-        q[k * V + chosen[i]] = float(logit[i] / total);
-        seen += logit[i];
-        if (best < 0 && seen >= aim && logit[i] > 0) best = i;
-      }
-      if (best < 0) best = count - 1;
+      best = draw_from(logit, count, total, uniform[k]);
+      const float share = float(1.0 / total);
+      for (int64_t i = 0; i < count; ++i) q[k * V + chosen[i]] = logit[i] * share;
+      if (best == count) best = count - 1;
     }
     token[k] = chosen[best];
     if (confidence) confidence[k] += dot(confidence_w, embedding.data(), padded);
@@ -521,7 +581,8 @@ void chain_of(const Scalar* base, const Scalar* w1, const Scalar* w2, int64_t an
 
 std::tuple<Tensor, Tensor, Tensor> draft_chain(const Tensor& base, const Tensor& w1, const Tensor& w2,
                                                const Tensor& anchor, const Tensor& temperature, const Tensor& uniform,
-                                               int64_t top, const Tensor& confidence_base, const Tensor& confidence_w) {
+                                               int64_t top, const Tensor& confidence_base, const Tensor& confidence_w,
+                                               const Bias& packed) {
   const int64_t R = base.size(0), K = base.size(1), V = base.size(2), rank = w1.size(1);
   Tensor token = at::empty({R, K}, base.options().dtype(at::kLong)), confidence = confidence_base.to(at::kFloat).clone();
   Tensor q = at::zeros({R, K, V}, base.options().dtype(at::kFloat));
@@ -538,10 +599,11 @@ std::tuple<Tensor, Tensor, Tensor> draft_chain(const Tensor& base, const Tensor&
   float *laws = q.data_ptr<float>(), *confidences = confidence.data_ptr<float>();
   auto run_all = [&]<typename Scalar>(Scalar) {
     const Scalar *logits = basec.const_data_ptr<Scalar>(), *first = w1.const_data_ptr<Scalar>(),
-                 *second = w2.const_data_ptr<Scalar>();
+                 *second = w2.const_data_ptr<Scalar>(),
+                 *tiles = packed ? packed->const_data_ptr<Scalar>() : nullptr;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && R > 1)
     for (int64_t r = 0; r < R; ++r)
-      chain_of(logits + r * K * V, first, second, anchors[r], K, V, rank, top, heats[r], uniforms + r * K, seen,
+      chain_of(logits + r * K * V, first, second, tiles, anchors[r], K, V, rank, top, heats[r], uniforms + r * K, seen,
                tokens + r * K, laws + r * K * V, sees_token ? confidences + r * K : nullptr);
   };
   if (base.scalar_type() == at::kFloat) run_all(float{});
@@ -554,36 +616,15 @@ std::tuple<Tensor, Tensor, Tensor> draft_chain(const Tensor& base, const Tensor&
 // exp((logit - peak) / temperature) of one row; returns the sum.
 template <typename Scalar>
 double weights_of(const Scalar* logit, int64_t V, float temperature, std::vector<float>& weight) {
-  Vec peaks = Vec{} - INFINITY;
   for (int64_t v = 0; v < V; ++v) weight[v] = widen(logit[v]);
-  for (int64_t v = 0; v < V; v += LANES) {
-    const Vec here = load(&weight[v]);
-    peaks = here > peaks ? here : peaks;
-  }
-  float peak = peaks[0];
-  for (int lane = 1; lane < LANES; ++lane) peak = std::max(peak, peaks[lane]);
+  const float peak = peak_of(weight.data(), V);
   double total = 0;
   for (int64_t v = 0; v < V; v += LANES) {
     const Vec raw = load(&weight[v]), w = raw > Vec{} - INFINITY ? exponential((raw - peak) / temperature) : Vec{};
     std::memcpy(&weight[v], &w, sizeof w);
-    float part = 0;
-    for (int lane = 0; lane < LANES; ++lane) part += w[lane];
-    total += part;
+    total += block_sum(&weight[v]);
   }
   return total;
-}
-
-// The first index whose cumulative weight reaches u of the whole and that has weight; V where there is none.
-int64_t draw_from(const std::vector<float>& weight, int64_t V, double total, double u) {
-  const double aim = total * u;
-  double seen = 0;
-  int64_t last = V;
-  for (int64_t v = 0; v < V; ++v) {
-    if (!(weight[v] > 0)) continue;
-    seen += weight[v], last = v;
-    if (seen >= aim) return v;
-  }
-  return last;
 }
 
 template <typename Scalar>
@@ -593,11 +634,8 @@ std::pair<int64_t, int64_t> judge(const Scalar* logits, int64_t V, int64_t plan,
   for (int64_t k = 0;; ++k, std::fill(weight.begin() + V, weight.end(), -INFINITY)) {
     const Scalar* row = logits + k * V;
     if (temperature == 0) {
-      int64_t best = V;
-      float peak = -INFINITY;
-      for (int64_t v = 0; v < V; ++v) weight[v] = widen(row[v]), peak = std::max(peak, weight[v]);
-      for (int64_t v = V - 1; v >= 0; --v)
-        if (weight[v] == peak) best = v;
+      for (int64_t v = 0; v < V; ++v) weight[v] = widen(row[v]);
+      const int64_t best = first_of(weight.data(), V, peak_of(weight.data(), V), V);
       if (k == plan || token[k] != best) return {k, best};
       continue;
     }
@@ -607,7 +645,7 @@ std::pair<int64_t, int64_t> judge(const Scalar* logits, int64_t V, int64_t plan,
     const float* law = q + k * V;
     if (accept[k] * law[token[k]] < weight[token[k]] / total) continue;
     double mass = 0, left = 0;
-    std::vector<float> excess(V);
+    std::vector<float> excess(weight.size(), 0.0f);
     for (int64_t v = 0; v < V; ++v) {
       excess[v] = std::max(0.0f, float(weight[v] / total) - law[v]);
       mass += excess[v];
@@ -657,7 +695,7 @@ TORCH_LIBRARY_FRAGMENT(dspark, library) {
       "Tensor context, int page_size, float scale, bool causal, int window, float softcap) -> Tensor");
   library.def(
       "draft_chain(Tensor base, Tensor w1, Tensor w2, Tensor anchor, Tensor temperature, Tensor uniform, int top, "
-      "Tensor confidence_base, Tensor confidence_w) -> (Tensor, Tensor, Tensor)");
+      "Tensor confidence_base, Tensor confidence_w, Tensor? packed) -> (Tensor, Tensor, Tensor)");
   library.def(
       "verdict(Tensor logits, int[] plan, Tensor token, Tensor q, Tensor temperature, Tensor accept, Tensor final_u) "
       "-> (Tensor, Tensor)");
