@@ -15,13 +15,15 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dspark.common.sampling_params import SamplingParams
+from dspark.drafters import dspark
 from dspark.drafters.checkpoint import build
 from dspark.drafters.config import parse
 from dspark.drafters.draft_model import DraftModel
 from dspark.drafters.ngram import NGram
 from dspark.engine.llm import LLM
 from dspark.models.target import ATTENTION, Target
-from dspark.speculation import reference
+from dspark.ops.cpu import load_kernels
+from dspark.speculation import reference, verify
 from dspark.speculation.planner import parse_planner
 from dspark.speculation.survival import survival
 
@@ -55,8 +57,8 @@ def model(seed, attention="sdpa"):
 PLAIN, DRAFTING = model(5), model(6)
 
 
-def target_of(seed):
-    return Target(model(seed, ATTENTION).requires_grad_(False))
+def target_of(seed, dtype=torch.float64):
+    return Target(model(seed, ATTENTION).to(dtype).requires_grad_(False))
 
 
 def drafter_of(kind, target):
@@ -76,7 +78,7 @@ def drafter_of(kind, target):
         "markov_head_type": "vanilla",
     }
     torch.manual_seed(7)
-    drafter = build(parse(fields, "config.json"), target.embedding_VD, target.head).eval().double()
+    drafter = build(parse(fields, "config.json"), target.embedding_VD, target.head).eval().to(target.dtype)
     for parameter in drafter.parameters():
         if parameter.requires_grad and parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.4)
@@ -84,12 +86,13 @@ def drafter_of(kind, target):
 
 
 @torch.no_grad()
-def exact_law():
+def exact_law(temperature=1.0):
     """P(x1, x2, x3 | prompt) of every outcome, from the library's forward."""
     law = {}
     for outcome in itertools.product(range(V), repeat=LENGTH):
-        logits = PLAIN(torch.tensor([[*PROMPT, *outcome]])).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
-        law[outcome] = math.exp(sum(float(row[token]) for row, token in zip(logits, outcome, strict=True)))
+        logits = PLAIN(torch.tensor([[*PROMPT, *outcome]])).logits[0, len(PROMPT) - 1 : -1]
+        logs = (logits / temperature).log_softmax(-1)
+        law[outcome] = math.exp(sum(float(row[token]) for row, token in zip(logs, outcome, strict=True)))
     assert math.isclose(sum(law.values()), 1.0)
     return law
 
@@ -118,6 +121,28 @@ def sampled(drafter, target, planner="full", **fields):
 def test_samples_follow_the_targets_joint_law(kind):
     target = target_of(5)
     assert distance(sampled(drafter_of(kind, target), target), exact_law()) < BOUND
+
+
+@pytest.mark.skipif(not load_kernels(), reason="no C++ compiler: the rounds of float32 run like those of float64")
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_samples_through_the_round_kernels_do_too(temperature, monkeypatch):
+    """float32 on a CPU draws blocks and judges rounds in kernels, as a user's model does; this is that path."""
+    calls = Counter()
+
+    def counted(name, kernel):
+        def call(*arguments):
+            calls[name] += 1
+            return kernel(*arguments)
+
+        return call
+
+    monkeypatch.setattr(verify, "verdict", counted("verdict", verify.verdict))
+    monkeypatch.setattr(dspark, "draft_chain", counted("draft_chain", dspark.draft_chain))
+    target = target_of(5, torch.float32)
+    drafter = drafter_of("dspark", target)
+    drafter.pack()
+    assert distance(sampled(drafter, target, temperature=temperature), exact_law(temperature)) < BOUND
+    assert calls["verdict"] and calls["draft_chain"]
 
 
 def test_samples_of_the_coupled_rule_do_too():

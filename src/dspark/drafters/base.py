@@ -1,4 +1,4 @@
-"""What every drafter is: something that extends its context with committed tokens and proposes a block of new ones.
+"""What every drafter is: something that extends its context with the target's rows and proposes a block of new ones.
 
 R drafting requests, K block slots, V vocabulary, T tokens, D hidden size, k taps.
 """
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dspark.models.batch import Ragged
@@ -46,6 +47,13 @@ class Draft:
     probability_RKV: Tensor  # float32
     confidence_RK: Tensor  # float32, estimate of P(accept k | prefix accepted); may depend on tokens before k only
     length_R: Sequence[int]  # how many slots each request really proposes (n-gram lookup may find fewer than K)
+
+    @staticmethod
+    def of_slots(tokens: Sequence[Tensor], laws: Sequence[Tensor], confidences: Sequence[Tensor]) -> Draft:
+        """A block drawn slot by slot: token_R, law_RV and confidence_R of each."""
+        token_RK = torch.stack(tuple(tokens), dim=1)
+        length_R = [len(tokens)] * len(token_RK)
+        return Draft(token_RK, torch.stack(tuple(laws), dim=1), torch.stack(tuple(confidences), dim=1), length_R)
 
 
 class Drafter(Protocol):

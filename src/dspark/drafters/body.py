@@ -76,7 +76,7 @@ class Body(nn.Module):
 
     @torch.inference_mode()
     def extend(self, batch: Ragged, taps_TD: Tensor) -> None:
-        """Project the taps of committed tokens to every layer's keys and values and store them."""
+        """Project the taps of a forward's rows to every layer's keys and values and store them."""
         self._context(taps_TD, batch.position_T, batch.slot_T, *flat(self.pools))
 
     def ids(self, anchor: Tensor, slots: int) -> Tensor:
@@ -144,7 +144,7 @@ class BlockForward(nn.Module):
 
 
 class ContextForward(nn.Module):
-    """(taps, positions, slots, pools…): projects committed tokens and stores their keys and values."""
+    """(taps, positions, slots, pools…): projects a forward's rows and stores their keys and values."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()

@@ -57,12 +57,7 @@ class DraftModel:
             tokens.append(token_R)
             laws.append(law_RV)
             confidences.append(certainty(logits_RV))
-        return Draft(
-            token_RK=torch.stack(tokens, dim=1),
-            probability_RKV=torch.stack(laws, dim=1),
-            confidence_RK=torch.stack(confidences, dim=1),
-            length_R=[context.slots] * len(rows_R),
-        )
+        return Draft.of_slots(tokens, laws, confidences)
 
     def step(self, token_R: Tensor, context: DraftContext, table_RP: Tensor, slot: int) -> Ragged:
         """One query token a request at anchor + slot."""

@@ -126,7 +126,7 @@ class Eagle3(nn.Module):
 
     @torch.inference_mode()
     def extend(self, batch: Ragged, taps_TD: Tensor | None) -> None:
-        """Keep the features of committed tokens, and write the entries that their arrival completes."""
+        """Keep the features of a forward's rows, and write the entries that their arrival completes."""
         assert taps_TD is not None, "Eagle-3 reads the target's hidden states"
         self.feature_SD[batch.slot_T] = self.fc(taps_TD.to(self.feature_SD.dtype))
         count_R = batch.cu_query_R1.diff()
@@ -158,12 +158,7 @@ class Eagle3(nn.Module):
             tokens.append(token_R)
             laws.append(law_RV)
             confidences.append(certainty(logits_RV))
-        return Draft(
-            token_RK=torch.stack(tokens, dim=1),
-            probability_RKV=torch.stack(laws, dim=1),
-            confidence_RK=torch.stack(confidences, dim=1),
-            length_R=[context.slots] * len(position_R),
-        )
+        return Draft.of_slots(tokens, laws, confidences)
 
     def step(self, token_R: Tensor, hidden_RD: Tensor, position_R: Tensor, table_RP: Tensor) -> Tensor:
         """One entry a request: its keys and values are stored, its hidden state [R, D] returned."""
