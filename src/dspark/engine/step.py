@@ -29,6 +29,7 @@ from dspark.ops.verdict import has_kernel
 from dspark.speculation.draft_sampler import DraftSampler
 from dspark.speculation.noise import RoundNoise
 from dspark.speculation.planner import Planner, parse_planner
+from dspark.speculation.reliability import Observer, RoundRecord
 from dspark.speculation.statistics import SpeculationStatistics
 from dspark.speculation.survival import survival
 from dspark.speculation.verify import Verdict, verify, verify_tempered
@@ -48,12 +49,14 @@ class EngineCore:
         tokenizer: PreTrainedTokenizerBase | None = None,
         config: EngineConfig | None = None,
         eos_token_ids: Iterable[int] = (),
+        observer: Observer | None = None,
     ):
-        """Text prompts, texts and stop strings need a tokenizer; token ids do without."""
+        """Text prompts, texts and stop strings need a tokenizer; token ids do without. `observer` gets every round."""
         self.config = config = config or EngineConfig()
         self.target, self.tokenizer = target, tokenizer
         self.drafter = drafter = drafter or NoDraft(target.vocab_size)
         self.planner = parse_planner(planner) if isinstance(planner, str) else planner
+        self.observer = observer
         block = drafter.block_size if config.max_draft is None else min(drafter.block_size, config.max_draft)
         pages = config.pages_for(target)
         pool = PagePool(pages, config.page_size, remember=config.prefix_caching)
@@ -118,6 +121,8 @@ class EngineCore:
         logits_BV, taps_TkD = self.runner.forward(batch)
         verdict = self._verify(schedule, draft, plan, noise, logits_BV)
         self.runner.extend(batch.batch, taps_TkD)
+        if self.observer is not None and draft is not None:
+            self.observer(records(schedule, draft, verdict))
         commits = self._commit(schedule, draft, verdict, logits_BV)
         self.timings.steps += 1
         self.timings.total += self.runner.clock() - started
@@ -214,3 +219,15 @@ class EngineCore:
         self.admission.remove(request)
         self.statistics.merge(request.statistics)
         del self.requests[request.id]
+
+
+def records(schedule: Schedule, draft: Draft, verdict: Verdict) -> list[RoundRecord]:
+    """What an observer gets: the requests that drafted something. One more read from the device than a step without."""
+    drafted_R = [min(pair) for pair in zip(schedule.limits, draft.length_R, strict=True)]
+    confidence_RK = draft.confidence_RK.tolist()
+    rounds = zip(schedule.sampled, confidence_RK, drafted_R, verdict.plan, verdict.accepted_R, strict=True)
+    return [
+        RoundRecord(request.id, tuple(confidence_K[:drafted]), verified, accepted)
+        for request, confidence_K, drafted, verified, accepted in rounds
+        if drafted
+    ]
