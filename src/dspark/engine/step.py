@@ -26,6 +26,7 @@ from dspark.engine.request import Commit, Request
 from dspark.engine.runner import Runner, Timings
 from dspark.models.target import Target
 from dspark.ops.verdict import has_kernel
+from dspark.speculation.cost import StepTime
 from dspark.speculation.draft_sampler import DraftSampler
 from dspark.speculation.noise import RoundNoise
 from dspark.speculation.planner import Planner, parse_planner
@@ -50,13 +51,17 @@ class EngineCore:
         config: EngineConfig | None = None,
         eos_token_ids: Iterable[int] = (),
         observer: Observer | None = None,
+        meter: Callable[[StepTime], None] | None = None,
     ):
-        """Text prompts, texts and stop strings need a tokenizer; token ids do without. `observer` gets every round."""
+        """Text prompts, texts and stop strings need a tokenizer; token ids do without.
+
+        `observer` gets what became of every round's draft, `meter` what every step did and took.
+        """
         self.config = config = config or EngineConfig()
         self.target, self.tokenizer = target, tokenizer
         self.drafter = drafter = drafter or NoDraft(target.vocab_size)
         self.planner = parse_planner(planner) if isinstance(planner, str) else planner
-        self.observer = observer
+        self.observer, self.meter = observer, meter
         block = drafter.block_size if config.max_draft is None else min(drafter.block_size, config.max_draft)
         pages = config.pages_for(target)
         pool = PagePool(pages, config.page_size, remember=config.prefix_caching)
@@ -116,6 +121,7 @@ class EngineCore:
         if not (schedule.sampled or schedule.partial):
             return []
         noise, draft = self._propose(schedule)
+        drafted = self.runner.clock()
         plan = self._plan(schedule, draft)
         batch = assemble(schedule, draft, plan, page_size=self.config.page_size, device=self.target.device)
         logits_BV, taps_TkD = self.runner.forward(batch)
@@ -123,9 +129,13 @@ class EngineCore:
         self.runner.extend(batch.batch, taps_TkD)
         if self.observer is not None and draft is not None:
             self.observer(records(schedule, draft, verdict))
+        load = step_load(schedule, draft, plan, len(batch.batch.token_T)) if self.meter is not None else None
         commits = self._commit(schedule, draft, verdict, logits_BV)
         self.timings.steps += 1
-        self.timings.total += self.runner.clock() - started
+        ended = self.runner.clock()
+        self.timings.total += ended - started
+        if self.meter is not None and load is not None:
+            self.meter(StepTime(**load, draft_seconds=drafted - started, seconds=ended - started))
         return commits
 
     def forget_prefixes(self) -> None:
@@ -231,3 +241,17 @@ def records(schedule: Schedule, draft: Draft, verdict: Verdict) -> list[RoundRec
         for request, confidence_K, drafted, verified, accepted in rounds
         if drafted
     ]
+
+
+def step_load(schedule: Schedule, draft: Draft | None, plan: Sequence[int], rows: int) -> dict[str, int]:
+    """What a step of `rows` target rows has to do, as a cost sees it."""
+    wanted = len(plan) + sum(plan)
+    everyone = [*schedule.sampled, *(request for request, _ in schedule.partial)]
+    return {
+        "rows": wanted,
+        "requests": len(schedule.sampled),
+        "context": sum(request.cached for request in everyone),
+        "prefill": rows - wanted,
+        "drafting": sum(limit > 0 for limit in schedule.limits) if draft is not None else 0,
+        "slots": draft.token_RK.shape[1] if draft is not None else 0,
+    }

@@ -22,6 +22,20 @@ INERT = 1.05  # a step of the most rows that costs less than this times one row'
 
 
 @dataclass(frozen=True)
+class StepTime:
+    """What one step of an engine did, and how long it took."""
+
+    rows: int  # with logits: one for each request, and its verified drafts
+    requests: int
+    context: int  # tokens in the pages of all sequences of the step
+    prefill: int  # rows without logits
+    drafting: int  # requests that drafted
+    slots: int  # drafted for each of them
+    draft_seconds: float  # up to the end of the draft; on an asynchronous device only the time to launch it
+    seconds: float  # all of it
+
+
+@dataclass(frozen=True)
 class StepCost:
     """What one engine step takes, host work included; a table over rows and small linear terms beside it.
 
