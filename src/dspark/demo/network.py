@@ -1,4 +1,4 @@
-"""The demo target as a model: built, deepened by stacking, and written as any other Hugging Face folder."""
+"""The demo target as a model: built, deepened, and written as any other Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -56,22 +56,34 @@ def build_model(architecture: Architecture, layers: int, end_id: int) -> Qwen3Fo
     )
     model = Qwen3ForCausalLM(config)
     for layer in model.model.layers:
-        nn.init.zeros_(layer.self_attn.o_proj.weight)
-        nn.init.zeros_(layer.mlp.down_proj.weight)
+        silence(layer)
     return model
 
 
-def stacked(model: Qwen3ForCausalLM, architecture: Architecture, layers: int) -> Qwen3ForCausalLM:
-    """A deeper model made of copies of a trained one's layers: 0123 becomes 01230123. (Du et al. 2024, G_stack)"""
+def deepened(model: Qwen3ForCausalLM, architecture: Architecture, layers: int, grow: str) -> Qwen3ForCausalLM:
+    """A deeper model made of a trained one's layers.
+
+    "copy": 0123 becomes 01230123 (Du et al. 2024, G_stack). "identity": 0123 becomes 0 0' 1 2 2' 3, evenly, where a
+    primed copy's output projections are zero, so that the deeper model begins as the very same function.
+    """
     depth = model.config.num_hidden_layers
     if depth == layers:
         return model
     deep = build_model(architecture, layers, model.config.eos_token_id)
     deep.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
     deep.model.norm.load_state_dict(model.model.norm.state_dict())
-    for i, layer in enumerate(deep.model.layers):
-        layer.load_state_dict(model.model.layers[i % depth].state_dict())
+    sources = [i % depth if grow == "copy" else i * depth // layers for i in range(layers)]
+    for i, (source, layer) in enumerate(zip(sources, deep.model.layers, strict=True)):
+        layer.load_state_dict(model.model.layers[source].state_dict())
+        if grow == "identity" and i and sources[i - 1] == source:
+            silence(layer)
     return deep
+
+
+def silence(layer: nn.Module) -> None:
+    """Make a layer the identity: its output projections become zero."""
+    nn.init.zeros_(layer.self_attn.o_proj.weight)
+    nn.init.zeros_(layer.mlp.down_proj.weight)
 
 
 def export(model: Qwen3ForCausalLM, extras: list[Path], target: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:

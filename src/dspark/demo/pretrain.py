@@ -21,7 +21,7 @@ from transformers import Qwen3ForCausalLM
 from dspark.common.errors import UserError
 from dspark.common.files import replacing_file
 from dspark.demo.dataset import load_data, prepare, rows
-from dspark.demo.network import build_model, export, stacked
+from dspark.demo.network import build_model, deepened, export
 from dspark.demo.recipe import Stage, TargetRecipe, load_recipe
 from dspark.training.optimizer import Optimizers, build_optimizers
 
@@ -66,7 +66,7 @@ class Trainer:
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
         while self.progress.stage < len(self.recipe.stages) and not self.stopping:
             stage = self.recipe.stages[self.progress.stage]
-            self._use(stacked(self.model, self.recipe.architecture, stage.layers))
+            self._use(deepened(self.model, self.recipe.architecture, stage.layers, stage.grow))
             self._run_stage(stage)
         self.save()
         if not self.stopping:

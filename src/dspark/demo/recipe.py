@@ -30,7 +30,10 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Stage:
-    """Train `layers` layers on rows of `length` tokens; the learning rate moves in a line from `lr[0]` to `lr[1]`."""
+    """Train `layers` layers on rows of `length` tokens; the learning rate moves in a line from `lr[0]` to `lr[1]`.
+
+    Where `layers` is more than before, `grow` says how the new ones begin: see `network.deepened`.
+    """
 
     layers: int
     length: int
@@ -38,6 +41,7 @@ class Stage:
     batch_tokens: int
     lr: tuple[float, float] = (1.0, 1.0)
     warmup_steps: int = 20
+    grow: str = "copy"
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,14 @@ def _check(recipe: TargetRecipe) -> None:
         raise UserError("a recipe needs at least one package and one stage")
     depth = 0
     for i, stage in enumerate(recipe.stages):
-        if depth and stage.layers % depth:
-            raise UserError(f"stages[{i}].layers {stage.layers} is no multiple of the {depth} layers before it")
+        if stage.grow not in ("copy", "identity"):
+            raise UserError(f"stages[{i}].grow {stage.grow!r} is not known; use copy or identity")
+        if depth and stage.grow == "copy" and stage.layers % depth:
+            raise UserError(
+                f"stages[{i}].layers {stage.layers} is no multiple of the {depth} layers before it; use grow: identity"
+            )
+        if stage.layers < depth:
+            raise UserError(f"stages[{i}].layers {stage.layers} is less than the {depth} before it; depth only grows")
         if stage.length > recipe.architecture.max_position_embeddings:
             limit = recipe.architecture.max_position_embeddings
             raise UserError(f"stages[{i}].length {stage.length} exceeds max_position_embeddings {limit}; shorten it")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dspark.demo.corpus import Package
 from dspark.demo.dataset import rows
-from dspark.demo.network import build_model, stacked
+from dspark.demo.network import build_model, deepened
 from dspark.demo.pretrain import Trainer, lr_factor
 from dspark.demo.recipe import Architecture, Stage, TargetRecipe
 from dspark.demo.tokenizer import save_tokenizer, train_tokenizer
@@ -63,11 +63,22 @@ def test_a_new_model_is_the_embedding_alone() -> None:
 
 def test_stacking_repeats_the_layers_in_order() -> None:
     model = build_model(TINY, 2, 0)
-    deep = stacked(model, TINY, 4)
+    deep = deepened(model, TINY, 4, "copy")
     for i, layer in enumerate(deep.model.layers):
         for name, weight in layer.state_dict().items():
             assert torch.equal(weight, model.model.layers[i % 2].state_dict()[name])
-    assert stacked(model, TINY, 2) is model
+    assert deepened(model, TINY, 2, "copy") is model
+
+
+def test_growing_by_identity_keeps_the_function() -> None:
+    model = build_model(TINY, 2, 0)
+    for layer in model.model.layers:
+        for weight in layer.parameters():
+            torch.nn.init.normal_(weight, std=0.1)
+    deep = deepened(model, TINY, 3, "identity")
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(deep(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert not torch.equal(deep.model.layers[0].mlp.up_proj.weight, deep.model.layers[2].mlp.up_proj.weight)
 
 
 def test_a_run_goes_through_its_stages_and_exports(out: Path) -> None:

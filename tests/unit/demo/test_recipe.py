@@ -37,6 +37,8 @@ STAGE = {"layers": 4, "length": 256, "tokens": 1000, "batch_tokens": 4096}
         ({"stages": []}, "at least one"),
         ({"stages": [{**STAGE, "length": 1 << 20}]}, "exceeds max_position_embeddings"),
         ({"stages": [STAGE, {**STAGE, "layers": 6}]}, "no multiple of the 4"),
+        ({"stages": [STAGE, {**STAGE, "layers": 2, "grow": "identity"}]}, "less than the 4"),
+        ({"stages": [{**STAGE, "grow": "stack"}]}, "use copy or identity"),
         ({"stages": [{**STAGE, "batch_tokens": 1000}]}, "must divide"),
         ({"architecture": 3}, "must be a mapping"),
     ],
