@@ -80,7 +80,7 @@ def deepened(model: Qwen3ForCausalLM, architecture: Architecture, layers: int, g
     return deep
 
 
-def silence(layer: nn.Module) -> None:
+def silence(layer: Any) -> None:
     """Make a layer the identity: its output projections become zero."""
     nn.init.zeros_(layer.self_attn.o_proj.weight)
     nn.init.zeros_(layer.mlp.down_proj.weight)
