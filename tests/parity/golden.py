@@ -16,18 +16,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, one_hot
+from torch.nn.functional import one_hot
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))  # runs in a clone that is not installed, too
 
 from dspark.common.errors import UserError
 from dspark.drafters import checkpoint
 from dspark.drafters.base import DraftContext
-from dspark.drafters.body import following
 from dspark.drafters.eagle3 import Eagle3
+from dspark.drafters.lesson import Lesson, following
 from dspark.models.batch import Ragged
 from dspark.training.anchors import labels
-from dspark.training.objectives import Weights, objective
+from dspark.training.data import Batch
+from dspark.training.objectives import Teacher, Weights, objective
 
 BOUND, PAGE = 1e-4, 4
 Reference = dict[str, Tensor]
@@ -126,18 +127,23 @@ def commit(features: Tensor, start: int, table_RP: Tensor) -> Ragged:
 def replay_train(drafter: torch.nn.Module, io: Reference) -> Errors:
     """One training step: values at kept anchors, the loss, and every gradient the reference holds."""
     token_BS, anchor_BA, keep_BA = io["train.input_ids"], io["train.anchors"], io["train.keep"]
-    blocks = drafter(token_BS, io["train.context_features"], anchor_BA)
-    label_BAK, mask_BAK = labels(token_BS, io["train.loss_mask"], anchor_BA, keep_BA, drafter.block_size)
-    last_BSD = io["train.target_last_hidden"]
-    index_BAK = following(torch.arange(last_BSD.shape[1]).expand(token_BS.shape), anchor_BA, drafter.block_size)
-    last_BAKD = torch.stack([last[index] for last, index in zip(last_BSD, index_BAK, strict=True)])
-    target_BAKV = linear(last_BAKD, drafter.body.lm_head.weight)
-    goal = objective(blocks, target_BAKV, label_BAK, mask_BAK, Weights(*io["train.loss_weights"].tolist()))
+    slots, last_BSD = drafter.lesson_slots, io["train.target_last_hidden"]
+    blocks = drafter(Lesson.of(token_BS, io["train.context_features"], anchor_BA))
+    batch = Batch(token_BS, io["train.loss_mask"].bool(), torch.zeros_like(token_BS), ())
+    label_BAK, mask_BAK = labels(batch, anchor_BA, keep_BA, slots)
+    place_BAK = following(torch.arange(token_BS.numel()).view_as(token_BS), anchor_BA, slots)
+    teacher = Teacher(last_BSD.flatten(0, 1), drafter.body.lm_head, place_BAK)
+    weights = Weights(*io["train.loss_weights"].tolist())
+    goal = objective(drafter, blocks, teacher, label_BAK, mask_BAK, weights)
     goal.total.backward()
 
-    actual = {"draft_logits": blocks.draft.detach(), "target_logits": target_BAKV, "target_ids": label_BAK}
-    if blocks.confidence is not None:
-        actual["confidence_logits"] = blocks.confidence.detach()
+    actual = {
+        "draft_logits": drafter.slot_logits(blocks.hidden_BAKD, blocks.latent_BAKr).detach(),
+        "target_logits": teacher.logits(teacher.last_TD[place_BAK]),
+        "target_ids": label_BAK,
+    }
+    if blocks.confidence_BAK is not None:
+        actual["confidence_logits"] = blocks.confidence_BAK.detach()
     errors = {
         f"train.{name}": compared(tensor[keep_BA], io, f"train.{name}", keep_BA) for name, tensor in actual.items()
     }

@@ -1,6 +1,6 @@
 """The parallel drafting backbone of DFlash and DSpark: one pass over a block, attending to the target's hidden states.
 
-T tokens, R requests, S sequence length or pool slots, A anchors, K block slots, D hidden size, k taps,
+T tokens, R requests, B rows, S row length or pool slots, A anchors, K block slots, D hidden size, k taps,
 G key/value heads, d head size.
 """
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dspark.drafters.layers import BackboneConfig, Layer, RMSNorm, RotaryEmbedding
+from dspark.drafters.lesson import Lesson
 from dspark.ops.attention import ragged_attention
 from dspark.ops.block_attention import block_attention
 
@@ -81,17 +82,19 @@ class Backbone(nn.Module):
             x_TD = layer(x_TD, rotary, attend)
         return self.norm(x_TD)
 
-    def blocks(self, inputs_BAKD: Tensor, anchor_BA: Tensor, taps_BSD: Tensor) -> Tensor:
-        """Hidden states [B, A, K, D] of many blocks a sequence at once, for training: block a sees context < anchor."""
+    def blocks(self, inputs_BAKD: Tensor, lesson: Lesson) -> Tensor:
+        """Hidden states [B, A, K, D] of many blocks a row at once, for training: each sees its document before it."""
         config, slots = self.config, inputs_BAKD.shape[2]
-        order_S = torch.arange(taps_BSD.shape[1], device=taps_BSD.device)
-        context = self.project(taps_BSD, order_S.expand(taps_BSD.shape[:2]))
+        context = self.project(lesson.taps_BSD, lesson.position_BS)
+        anchor_BA, start_BA = lesson.anchor_BA, lesson.start_BA
 
         def attend(layer: int, q_BAKHd: Tensor, k_BAKGd: Tensor, v_BAKGd: Tensor) -> Tensor:
             window = config.windows[layer] if config.windows else 0
-            return block_attention(q_BAKHd, k_BAKGd, v_BAKGd, *context[layer], anchor_BA, config.scale, window=window)
+            return block_attention(
+                q_BAKHd, k_BAKGd, v_BAKGd, *context[layer], anchor_BA, start_BA, config.scale, window=window
+            )
 
-        position_BAK = anchor_BA[..., None] + torch.arange(slots, device=anchor_BA.device)
+        position_BAK = lesson.anchor_position_BA[..., None] + torch.arange(slots, device=anchor_BA.device)
         x_BAKD, rotary = inputs_BAKD, self.rotary(position_BAK, inputs_BAKD.dtype)
         for layer in self.layers:
             x_BAKD = layer(x_BAKD, rotary, attend)

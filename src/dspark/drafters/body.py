@@ -5,25 +5,17 @@ R requests, K block slots, B sequences, S tokens, A anchors, V vocabulary, D hid
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from dspark.drafters.backbone import Backbone, Pools
 from dspark.drafters.base import DraftContext
+from dspark.drafters.lesson import Lesson
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 from dspark.ops.attention import store
 
 MOST_SLOTS = 1024  # of one block, more than any drafter has
-
-
-class BlockLogits(NamedTuple):
-    """What training needs of every block: draft logits [B, A, K, V] and confidence logits [B, A, K] or None."""
-
-    draft: Tensor
-    confidence: Tensor | None
 
 
 class Body(nn.Module):
@@ -98,11 +90,11 @@ class Body(nn.Module):
         """Base logits [..., V] of final hidden states [..., D]."""
         return softcapped(self.lm_head(hidden), self.backbone.config.logit_softcap)
 
-    def blocks(self, token_BS: Tensor, taps_BSD: Tensor, anchor_BA: Tensor, slots: int) -> Tensor:
-        """Final hidden states [B, A, K, D] of many blocks a sequence, for training."""
-        inputs_BAKD = self.embed_tokens(self.ids(token_BS.gather(1, anchor_BA), slots))
+    def blocks(self, lesson: Lesson, slots: int) -> Tensor:
+        """Final hidden states [B, A, K, D] of many blocks a row, for training."""
+        inputs_BAKD = self.embed_tokens(self.ids(lesson.token_BS.gather(1, lesson.anchor_BA), slots))
         inputs_BAKD = inputs_BAKD * self.backbone.config.embedding_scale
-        return self.backbone.blocks(inputs_BAKD, anchor_BA, taps_BSD)[:, :, self.skip :]
+        return self.backbone.blocks(inputs_BAKD, lesson)[:, :, self.skip :]
 
 
 def softcapped(logits: Tensor, cap: float) -> Tensor:
@@ -156,13 +148,6 @@ class ContextForward(nn.Module):
         for (key, value), pool_key, pool_value in zip(projected, pools[::2], pools[1::2], strict=True):
             store(key, value, pool_key, pool_value, slot_T)
         return (slot_T + 1,)
-
-
-def following(token_BS: Tensor, anchor_BA: Tensor, slots: int, shift: int = 0) -> Tensor:
-    """[B, A, K] values of token_BS at anchor + shift + k; past the end the last one, which no label reads."""
-    offset = torch.arange(slots, device=token_BS.device) + shift
-    index = (anchor_BA[..., None] + offset).clamp(max=token_BS.shape[1] - 1)
-    return token_BS.gather(1, index.flatten(1)).view(index.shape)
 
 
 def certainty(logits: Tensor) -> Tensor:

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from dspark.drafters.base import Draft, DraftContext
-from dspark.drafters.body import BlockLogits, Body, certainty
+from dspark.drafters.body import Body, certainty
+from dspark.drafters.lesson import Blocks, Lesson
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 
 
 class DFlash(nn.Module):
     """Drafts a block in one pass (arXiv 2602.06036). Both slot layouts: see `Body.sample_from_anchor`."""
+
+    every_position, draft_ids = False, None
 
     def __init__(self, body: Body, *, taps: tuple[int, ...], block_size: int) -> None:
         super().__init__()
@@ -47,7 +50,13 @@ class DFlash(nn.Module):
             length_R=[context.slots] * len(context.anchor_R),
         )
 
-    def forward(self, token_BS: Tensor, taps_BSD: Tensor, anchor_BA: Tensor) -> BlockLogits:
-        """Every block of every sequence, for training."""
-        hidden_BAKD = self.body.blocks(token_BS, taps_BSD, anchor_BA, self.block_size)
-        return BlockLogits(self.body.logits(hidden_BAKD), None)
+    @property
+    def lesson_slots(self) -> int:
+        return self.block_size
+
+    def forward(self, lesson: Lesson) -> Blocks:
+        """Every block of every row, for training."""
+        return Blocks(self.body.blocks(lesson, self.block_size), None, None)
+
+    def slot_logits(self, hidden_ND: Tensor, latent_Nr: Tensor | None) -> Tensor:
+        return self.body.logits(hidden_ND)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dspark.drafters.base import Draft, DraftContext, TokenSampler
-from dspark.drafters.body import BlockLogits, Body, certainty, following
+from dspark.drafters.body import Body, certainty
 from dspark.drafters.heads import ConfidenceHead, VanillaMarkov
+from dspark.drafters.lesson import Blocks, Lesson, following
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 from dspark.ops.chain import Tempered, draft_chain
@@ -25,6 +26,8 @@ class DSpark(nn.Module):
     `markov_top_k` > 0 restricts every slot to the K largest base logits; all other tokens then have probability 0 in
     the distribution that is sampled and reported, so verification stays exact.
     """
+
+    every_position, draft_ids = False, None
 
     def __init__(
         self,
@@ -116,13 +119,19 @@ class DSpark(nn.Module):
         empty_RV = base_RC.new_full((len(base_RC), self.markov_head.markov_w2.out_features), float("-inf"))
         return empty_RV.scatter(1, candidate_RC, base_RC + bias_RC)
 
-    def forward(self, token_BS: Tensor, taps_BSD: Tensor, anchor_BA: Tensor) -> BlockLogits:
-        """Every block of every sequence; the previous token of slot k is the true one (DSpark, §3.3)."""
-        hidden_BAKD = self.body.blocks(token_BS, taps_BSD, anchor_BA, self.block_size)
-        previous_BAK = following(token_BS, anchor_BA, self.block_size)
+    @property
+    def lesson_slots(self) -> int:
+        return self.block_size
+
+    def forward(self, lesson: Lesson) -> Blocks:
+        """Every block of every row; the previous token of slot k is the true one (DSpark, §3.3)."""
+        hidden_BAKD = self.body.blocks(lesson, self.block_size)
+        previous_BAK = following(lesson.token_BS, lesson.anchor_BA, self.block_size)
         embedding_BAKr = self.markov_head.markov_w1(previous_BAK)
         latent_BAKr = self.markov_head.unroll(embedding_BAKr, hidden_BAKD)
-        logits_BAKV = self.body.logits(hidden_BAKD) + self.markov_head.markov_w2(latent_BAKr)
-        if self.confidence_head is None:
-            return BlockLogits(logits_BAKV, None)
-        return BlockLogits(logits_BAKV, self.confidence_head(hidden_BAKD, embedding_BAKr))
+        head = self.confidence_head
+        return Blocks(hidden_BAKD, latent_BAKr, None if head is None else head(hidden_BAKD, embedding_BAKr))
+
+    def slot_logits(self, hidden_ND: Tensor, latent_Nr: Tensor | None) -> Tensor:
+        """U + B (DSpark, eq. 4)."""
+        return self.body.logits(hidden_ND) + self.markov_head.markov_w2(latent_Nr)

@@ -16,11 +16,12 @@ def block_attention(
     context_k_BSGd: Tensor,
     context_v_BSGd: Tensor,
     anchor_BA: Tensor,
+    start_BA: Tensor,
     scale: float,
     *,
     window: int = 0,
 ) -> Tensor:
-    """Block a attends to its own K slots, both ways, and to the context at positions before its anchor (DFlash, §3).
+    """Block a attends to its own K slots, both ways, and to the context in [start, anchor) of it (DFlash, §3).
 
     The scores against the context and those inside the block are two matrix products joined before the softmax, so
     that no block is multiplied with another block's keys. With a `window`, slot k sees context newer than
@@ -34,7 +35,7 @@ def block_attention(
     near_BGnAKK = q_BGnAKd @ k_BAKGd.permute(0, 3, 1, 4, 2)[:, :, None]
 
     order_S = torch.arange(S, device=anchor_BA.device)
-    hidden_BAKS = (order_S >= anchor_BA[:, :, None])[:, :, None]
+    hidden_BAKS = ((order_S >= anchor_BA[:, :, None]) | (order_S < start_BA[:, :, None]))[:, :, None]
     if window:
         position_BAK = anchor_BA[:, :, None] + torch.arange(K, device=anchor_BA.device)
         hidden_BAKS = hidden_BAKS | (order_S <= position_BAK[..., None] - window)

@@ -2,7 +2,7 @@
 
 A directory holds `tokens.npy` (uint16 or uint32, all documents one after another), `offsets.npy` (int64, where each
 begins, and the end) and `mask.npy` (uint8, 1 where the target wrote the token and the loss counts).
-B sequences, S tokens.
+B rows, S tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,19 @@ def write_documents(
     return offsets[-1]
 
 
+class Batch(NamedTuple):
+    """Rows of packed documents; padding on the right is a document of its own, of token 0 with mask false."""
+
+    token_BS: Tensor  # int64
+    mask_BS: Tensor  # bool, supervised
+    start_BS: Tensor  # int64, where in its row the document of each position begins
+    pieces: tuple[tuple[int, ...], ...]  # the numbers of the pieces in each row, in order
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(self.token_BS.to(device), self.mask_BS.to(device), self.start_BS.to(device), self.pieces)
+
+
 class Documents:
     """Sequences of at most `length` tokens: each document cut into pieces that hold something to learn."""
 
@@ -72,16 +85,18 @@ class Documents:
         start, end = self.pieces[number]
         return end - start
 
-    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(token_BS int64, mask_BS bool) of the numbered pieces, padded on the right with token 0, mask false."""
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """The numbered pieces, one a row."""
         pieces = [self.pieces[number] for number in numbers]
         width = max(end - start for start, end in pieces)
         token_BS = torch.zeros(len(pieces), width, dtype=torch.long)
         mask_BS = torch.zeros(len(pieces), width, dtype=torch.bool)
+        start_BS = torch.zeros(len(pieces), width, dtype=torch.long)
         for row, (start, end) in enumerate(pieces):
             token_BS[row, : end - start] = torch.from_numpy(self.tokens[start:end].astype(np.int64))
             mask_BS[row, : end - start] = torch.from_numpy(self.mask[start:end] > 0)
-        return token_BS, mask_BS
+            start_BS[row, end - start :] = end - start
+        return Batch(token_BS, mask_BS, start_BS, tuple((number,) for number in numbers))
 
     def numbers(self, step: int, batch: int, seed: int) -> list[int]:
         """Which pieces step `step` reads: a new shuffle every epoch, a function of seed and step alone."""

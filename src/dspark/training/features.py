@@ -1,6 +1,6 @@
 """What the frozen target says about a batch: its taps, and its distribution at the slots that are drafted.
 
-B sequences, S tokens, A anchors, K block slots, V vocabulary, D hidden size, k taps.
+B rows, S tokens, N wanted positions, V vocabulary, D hidden size, k taps.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dspark.drafters.body import following, softcapped
+from dspark.drafters.body import softcapped
 from dspark.models.taps import check_taps, decoder_of
+from dspark.training.data import Batch
 
 
 class OnlineTarget:
@@ -38,18 +39,17 @@ class OnlineTarget:
             module.register_forward_hook(keep)
 
     @torch.no_grad()
-    def __call__(self, token_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(taps [B, S, k·D], last hidden state after the final norm [B, S, D])."""
-        last_BSD = self.decoder(input_ids=token_BS, use_cache=False).last_hidden_state
+        last_BSD = self.decoder(input_ids=batch.token_BS, use_cache=False).last_hidden_state
+        if not self.taps:
+            return last_BSD[..., :0], last_BSD
         return torch.cat([self.seen.__dict__[str(tap)] for tap in self.taps], dim=-1), last_BSD
 
     @torch.no_grad()
-    def logits(self, last_BSD: Tensor, anchor_BA: Tensor, slots: int) -> Tensor:
-        """Target logits [B, A, K, V]: slot k's from the hidden state at anchor + k (DSpark, §3.3)."""
-        order_BS = torch.arange(last_BSD.shape[1], device=last_BSD.device).expand(last_BSD.shape[:2])
-        place_BN = following(order_BS, anchor_BA, slots).flatten(1)
-        wanted_BND = last_BSD.gather(1, place_BN[..., None].expand(-1, -1, last_BSD.shape[-1]))
-        return softcapped(self.head(wanted_BND), self.softcap).view(*anchor_BA.shape, slots, -1)
+    def logits(self, last_ND: Tensor) -> Tensor:
+        """The target's logits [N, V] of last hidden states."""
+        return softcapped(self.head(last_ND), self.softcap)
 
 
 class Remembered:
@@ -59,13 +59,14 @@ class Remembered:
     """
 
     def __init__(self, target: OnlineTarget) -> None:
-        self.target = target
+        self.target, self.logits = target, target.logits
         self.pieces: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, token_BS: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """As the target's own call; `numbers` name the rows. All is rounded to bfloat16, seen before or not."""
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As the target's own call, for rows of one piece each. All is rounded to bfloat16, seen before or not."""
+        token_BS, numbers = batch.token_BS, [number for (number,) in batch.pieces]
         if any(number not in self.pieces for number in numbers):
-            taps_BSD, last_BSD = self.target(token_BS)
+            taps_BSD, last_BSD = self.target(batch)
             self.dtype = last_BSD.dtype
             for row, number in enumerate(numbers):
                 self.pieces[number] = (taps_BSD[row].bfloat16().cpu(), last_BSD[row].bfloat16().cpu())

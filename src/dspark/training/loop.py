@@ -15,24 +15,24 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from dspark.common.errors import UserError
 from dspark.drafters.checkpoint import save
+from dspark.drafters.lesson import Trainable
 from dspark.models.loading import load_causal_lm, resolve_device
-from dspark.training.anchors import labels, sample_anchors
 from dspark.training.checkpoint import LOG, cut_log, read_state, restore, save_state, trainable, write_run
 from dspark.training.config import TrainConfig, check_resumable, load_config
 from dspark.training.data import Documents
 from dspark.training.drafter import create
 from dspark.training.features import OnlineTarget, Remembered
+from dspark.training.forward import goal
 from dspark.training.metrics import Sums, combine, measure, readable
-from dspark.training.objectives import Objective, objective
+from dspark.training.objectives import Objective
 from dspark.training.optimizer import Optimizers, build_optimizers
 
 EVALUATION_SEED = 1 << 40  # far from any training step's
@@ -129,18 +129,18 @@ class Trainer:
         return Part(torch.autograd.grad(goal.total, self.parameters), goal)
 
     def goal(self, data: Documents, numbers: list[int], generator: torch.Generator) -> Objective:
-        """The objective of one micro-batch: target and drafter forward, anchors, losses."""
-        config, slots = self.config, self.drafter.block_size
-        token_BS, mask_BS = (tensor.to(self.device) for tensor in data.batch(numbers))
-        anchor_BA, keep_BA = sample_anchors(mask_BS, config.anchors, generator)
-        label_BAK, mask_BAK = labels(token_BS, mask_BS, anchor_BA, keep_BA, slots)
-        half = config.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
-            remembered = self.remembered if data is self.train_data else None
-            taps_BSD, last_BSD = remembered(token_BS, numbers) if remembered else self.target(token_BS)
-            target_BAKV = self.target.logits(last_BSD, anchor_BA, slots)
-            blocks = self.drafter(token_BS, taps_BSD, anchor_BA)
-        return objective(blocks, target_BAKV, label_BAK, mask_BAK, config.loss)
+        """The objective of one micro-batch."""
+        config = self.config
+        source = self.remembered if self.remembered and data is self.train_data else self.target
+        return goal(
+            cast(Trainable, self.drafter),
+            source,
+            data.batch(numbers).to(self.device),
+            weights=config.loss,
+            anchors=config.anchors,
+            generator=generator,
+            precision=config.precision,
+        )
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:

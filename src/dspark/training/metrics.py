@@ -25,7 +25,7 @@ def measure(goals: Sequence[Objective]) -> Sums:
         "survived_K": torch.stack([part.cumprod(-1).sum((0, 1)) for part in accepted]).sum(0),
         "counted_K": torch.stack([goal.mask_BAK.sum((0, 1)) for goal in goals]).sum(0),
     }
-    for name in ("total", "cross_entropy", "l1", "confidence"):
+    for name in ("total", "cross_entropy", "l1", "kl", "confidence"):
         totals[name] = torch.stack([getattr(goal, name).detach() for goal in goals]).sum()
     return totals
 
@@ -40,7 +40,7 @@ def readable(sums: Sums) -> dict[str, Any]:
     parts = float(sums["parts"])
     count_K = sums["counted_K"].clamp(min=1)
     result: dict[str, Any] = {"loss": float(sums["total"]) / parts}
-    result |= {name: float(sums[name]) / parts for name in ("cross_entropy", "l1", "confidence")}
+    result |= {name: float(sums[name]) / parts for name in ("cross_entropy", "l1", "kl", "confidence")}
     result["acceptance"] = [round(x, 4) for x in (sums["accepted_K"] / count_K).tolist()]
     result["tau"] = 1 + float((sums["survived_K"] / count_K).sum())
     return result

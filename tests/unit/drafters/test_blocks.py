@@ -6,6 +6,7 @@ import pytest
 import torch
 from drafting import HIDDEN, PAGE, VOCABULARY, Greedy, context_of, pages_of, ragged, random_drafter
 
+from dspark.drafters.lesson import Lesson
 from dspark.ops.chain import Tempered
 
 KINDS = {
@@ -53,10 +54,12 @@ def test_a_paged_batch_equals_the_training_pass_of_each_request(kind):
         known = torch.cat([tokens[r], draft.token_RK[r]])[None]  # teacher forcing on the drafted tokens
         features = torch.cat([taps[r], torch.full((known.shape[1] - length, 2 * HIDDEN), 1e3)])[None]
         with torch.no_grad():
-            dense = drafter(known, features, torch.tensor([[length]]))
-        torch.testing.assert_close(logits_RKV[r], dense.draft[0, 0], rtol=1e-4, atol=1e-4)
-        if dense.confidence is not None:
-            torch.testing.assert_close(draft.confidence_RK[r], dense.confidence[0, 0].sigmoid(), rtol=1e-4, atol=1e-5)
+            blocks = drafter(Lesson.of(known, features, torch.tensor([[length]])))
+            dense_BAKV = drafter.slot_logits(blocks.hidden_BAKD, blocks.latent_BAKr)
+        torch.testing.assert_close(logits_RKV[r], dense_BAKV[0, 0], rtol=1e-4, atol=1e-4)
+        if blocks.confidence_BAK is not None:
+            confidence_K = blocks.confidence_BAK[0, 0].sigmoid()
+            torch.testing.assert_close(draft.confidence_RK[r], confidence_K, rtol=1e-4, atol=1e-5)
 
 
 def test_a_request_drafts_the_same_alone_and_in_company_and_chunk_by_chunk():

@@ -8,6 +8,7 @@ from dspark.drafters.backbone import Backbone
 from dspark.drafters.body import softcapped
 from dspark.drafters.config import parse
 from dspark.drafters.layers import BackboneConfig
+from dspark.drafters.lesson import Lesson
 
 SHAPE = {
     "vocab_size": 37,
@@ -56,9 +57,9 @@ def test_layers(name):
     with torch.no_grad():
         mask = torch.zeros(1, 1, 6, 6)  # all see all
         expected = model(inputs_embeds=inputs_1TD, attention_mask=mask, use_cache=False).last_hidden_state
-        anchor_BA = torch.zeros(1, 1, dtype=torch.long)
+        zero_11 = torch.zeros(1, 1, dtype=torch.long)
         unseen_1SD = torch.zeros(1, 1, 32)  # context at 0 is none for an anchor at 0
-        block = backbone.blocks(inputs_1TD[:, None], anchor_BA, unseen_1SD)
+        block = backbone.blocks(inputs_1TD[:, None], Lesson.of(zero_11, unseen_1SD, zero_11))
     torch.testing.assert_close(block[0, 0], expected[0], rtol=1e-4, atol=1e-4)
 
 

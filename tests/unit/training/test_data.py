@@ -25,7 +25,8 @@ def directory(tmp_path):
 def test_documents_are_cut_and_padded(directory):
     data = Documents(directory, 6)
     assert len(data) == 3
-    token_BS, mask_BS = data.batch([0, 1, 2])
+    token_BS, mask_BS, start_BS, pieces = data.batch([0, 1, 2])
+    assert start_BS.tolist() == [[0] * 6, [0, 0, 0, 0, 4, 4], [0, 0, 0, 3, 3, 3]] and pieces == ((0,), (1,), (2,))
     assert token_BS.tolist() == [[10, 11, 12, 13, 14, 15], [16, 17, 18, 19, 0, 0], [30, 31, 32, 0, 0, 0]]
     assert mask_BS.long().tolist() == [[0, 0, 0, 0, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]]
     assert [data.size(n) for n in range(3)] == [6, 4, 3]
@@ -44,7 +45,7 @@ def test_every_epoch_reads_everything_once_in_another_order(directory):
 
 def test_large_vocabularies(tmp_path):
     write_documents(tmp_path / "d", [([70_000, 70_001], [1, 1])], vocabulary=150_000)
-    assert torch.equal(Documents(tmp_path / "d", 8).batch([0])[0], torch.tensor([[70_000, 70_001]]))
+    assert torch.equal(Documents(tmp_path / "d", 8).batch([0]).token_BS, torch.tensor([[70_000, 70_001]]))
 
 
 def test_bad_directories(directory, tmp_path):
