@@ -20,6 +20,7 @@ from dspark.ops.sampling import Shaping, shape
 from dspark.speculation.draft_sampler import DraftSampler
 from dspark.speculation.noise import RoundNoise
 from dspark.speculation.planner import parse_planner
+from dspark.speculation.round import Round
 from dspark.speculation.survival import survival
 from dspark.speculation.verify import verify
 
@@ -69,7 +70,7 @@ class Case:
         tokens, laws = (torch.stack(parts, 1) for parts in zip(*drawn, strict=True))
         draft = Draft(tokens, laws, self.confidence_RK, [slots] * requests)
         watch.restart()  # stacking is the drafter's work
-        plan = self.planner.plan(survival(draft.confidence_RK), draft.length_R)
+        plan = self.planner.plan(Round(draft.length_R), survival(draft.confidence_RK))
         watch.lap()
         rows = self.history.rows(plan, draft.token_RK) if self.history is not None else None
         target_BV = shape(self.target_BV, self.shaping.repeat([1 + n for n in plan]), rows)

@@ -24,6 +24,7 @@ from dspark.ops.sampling import Shaping, shape
 from dspark.speculation.draft_sampler import DraftSampler
 from dspark.speculation.noise import RoundNoise
 from dspark.speculation.planner import Planner
+from dspark.speculation.round import Round
 from dspark.speculation.survival import survival
 from dspark.speculation.verify import verify
 
@@ -107,13 +108,13 @@ def round_law(system: System, output: Sequence[int]) -> dict[Outcome, float]:
     if system.drafter is None:
         paths: list[list[Piece]] = [[]]
         draft = None
-        plan = system.planner.plan(None, [0])
+        plan = system.planner.plan(Round([0]), None)
     else:
         paths = draft_pieces(system, output)
         draft = propose(system, output, [[at(piece, 0) for piece in path] for path in paths])
         other = propose(system, output, [[at(piece, 1) for piece in path] for path in paths])
         assert torch.equal(draft.token_RK, other.token_RK), "a draft token changes inside a piece of its uniform"
-        plan = system.planner.plan(survival(draft.confidence_RK), list(draft.length_R))
+        plan = system.planner.plan(Round(draft.length_R), survival(draft.confidence_RK))
     rows = target_laws(system, output, draft, plan).split([1 + length for length in plan])
     cases = []  # (path, accept pieces, final piece)
     for path, length in enumerate(plan):

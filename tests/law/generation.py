@@ -14,6 +14,7 @@ from dspark.ops.sampling import Shaping, shape
 from dspark.speculation.draft_sampler import DraftSampler
 from dspark.speculation.noise import RoundNoise
 from dspark.speculation.planner import Planner
+from dspark.speculation.round import Round
 from dspark.speculation.survival import survival
 from dspark.speculation.verify import verify
 
@@ -54,7 +55,7 @@ def step(requests: Sequence[Request], drafter: ToyDrafter | None, planner: Plann
         committed = [[*r.prompt, *r.output] for r in requests]
         draft = drafter.propose(committed, DraftSampler(shaping, noise, history), slots)
         limits = [min(n, r.missing - 1) for n, r in zip(draft.length_R, requests, strict=True)]
-        plan = planner.plan(survival(draft.confidence_RK), limits)
+        plan = planner.plan(Round(limits), survival(draft.confidence_RK))
     logits = []
     for i, r in enumerate(requests):
         tokens = [*r.prompt, *r.output, *(draft.token_RK[i].tolist() if draft is not None else [])]

@@ -25,6 +25,7 @@ from dspark.models.target import ATTENTION, Target
 from dspark.ops.cpu import load_kernels
 from dspark.speculation import reference, verify
 from dspark.speculation.planner import parse_planner
+from dspark.speculation.round import Round
 from dspark.speculation.survival import survival
 
 V, LENGTH, SAMPLES, BOUND = 4, 3, 2000, 4.0
@@ -168,13 +169,16 @@ class Telling:
 class Peeking:
     """Verifies all or nothing, by the whole block's survival: slot 1's fate depends on the token in it."""
 
-    def slots(self, limit_R):
-        return list(limit_R)
+    def slots(self, round):
+        return list(round.limit_R)
 
-    def plan(self, survival_RK, limit_R):
+    def plan(self, round, survival_RK):
         if survival_RK is None:
-            return [0] * len(limit_R)
-        return [limit if row[-1] > 0 else 0 for row, limit in zip(survival_RK.tolist(), limit_R, strict=True)]
+            return [0] * round.requests
+        return [limit if row[-1] > 0 else 0 for row, limit in zip(survival_RK.tolist(), round.limit_R, strict=True)]
+
+    def observe(self, outcome):
+        pass
 
 
 @pytest.mark.parametrize(("planner", "caught"), [("threshold:0.85", False), (Peeking(), True)])
@@ -220,7 +224,7 @@ def test_the_engine_equals_the_reference_loop(fields, planner):
         def plan(confidence, limit, rounds=rounds):
             if next(rounds) == 0 or not limit:
                 return 0
-            return planning.plan(survival(torch.tensor([confidence])), [limit])[0]
+            return planning.plan(Round([limit]), survival(torch.tensor([confidence])))[0]
 
         wanted = reference.generate(
             prompt, lambda tokens: logits(PLAIN, tokens), propose, plan, params, slots=3, seed=params.seed

@@ -25,8 +25,8 @@ class CoinDrafter(ToyDrafter):
 class GlobalArgmax:
     """The best of all plans, by throughput: leaky, since the worth of slot 2 tells what slot 1 holds."""
 
-    def slots(self, limit_R):
-        return list(limit_R)
+    def slots(self, round):
+        return list(round.limit_R)
 
     def throughputs(self, row):
         tokens = [1.0]
@@ -34,14 +34,14 @@ class GlobalArgmax:
             tokens.append(tokens[-1] + a)
         return [t * s for t, s in zip(tokens, SPEED, strict=True)]
 
-    def plan(self, survival_RK, limit_R):
+    def plan(self, round, survival_RK):
         return [max(range(len(SPEED)), key=self.throughputs(row).__getitem__) for row in survival_RK]
 
 
 class EarlyStop(GlobalArgmax):
     """DSpark, alg. 1: stop at the first admission that does not raise the throughput."""
 
-    def plan(self, survival_RK, limit_R):
+    def plan(self, round, survival_RK):
         plans = []
         for row in survival_RK:
             rate = self.throughputs(row)

@@ -9,6 +9,7 @@ from dspark.common.rng import COUPLED, exponential_noise
 from dspark.common.sampling_params import SamplingParams
 from dspark.speculation import reference
 from dspark.speculation.planner import Fixed, Full, parse_planner
+from dspark.speculation.round import Round
 from dspark.speculation.survival import survival
 
 PARAMS = [
@@ -76,7 +77,9 @@ def test_fast_path_equals_the_reference(acceptance, drafter, planner):
         return drafting.logits(committed, drafted), drafting.confidence(committed, drafted)
 
     def plan(confidence, limit):
-        return planning.plan(survival(torch.tensor([confidence])) if confidence else None, [limit])[0] if limit else 0
+        if not limit:
+            return 0
+        return planning.plan(Round([limit]), survival(torch.tensor([confidence])) if confidence else None)[0]
 
     for request, output in zip(batch, found, strict=True):
         arguments = (request.prompt, target_logits, propose if drafting else None, plan, request.params)

@@ -35,6 +35,10 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    speculation: int | Literal["off"] | None = None  # most tokens drafted a round; "off" is 0, None leaves it to plans
+    speculation_group: str = ""  # a workload whose acceptance is tracked on its own, such as "code" or "chat"
+    priority: float = 1.0  # what a token of this request is worth to a planner, beside other requests' tokens
+    min_tokens_per_second: float | None = None  # a speed that planners keep for this request, where they can
 
     def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, 1, None, "or None for as many as the context holds", optional=True)
@@ -47,6 +51,14 @@ class SamplingParams:
         _number("frequency_penalty", self.frequency_penalty, -math.inf, math.inf, "pass 0 for none")
         _whole("seed", self.seed, 0, MAX_SEED, "or None for a fresh one", optional=True)
         _whole("logprobs", self.logprobs, 0, None, "or None for none", optional=True)
+        if self.speculation != "off":
+            _whole("speculation", self.speculation, 0, None, '"off", or None to let the planner decide', optional=True)
+        _number("priority", self.priority, 0.0, math.inf, "pass 1 for the same as others", open_low=True)
+        if self.min_tokens_per_second is not None:
+            way_out = "pass None for no such floor"
+            _number("min_tokens_per_second", self.min_tokens_per_second, 0.0, math.inf, way_out, open_low=True)
+        if not isinstance(self.speculation_group, str):
+            raise UserError(f"speculation_group {self.speculation_group!r} is not a name; pass text, such as 'code'")
         if self.acceptance not in (None, "rejection", "coupled"):
             raise UserError(f"acceptance {self.acceptance!r} is not a rule; pass 'rejection', 'coupled' or None")
         if isinstance(self.stop, str):  # a lone string is what people write
@@ -64,6 +76,11 @@ class SamplingParams:
     def coupled(self) -> bool:
         """Whether this request is verified by the coupled rule."""
         return self.acceptance == "coupled" or (self.acceptance is None and self.seed is not None)
+
+    @property
+    def draft_cap(self) -> int:
+        """The most tokens a round of this request may draft."""
+        return 0 if self.speculation == "off" else MAX_SEED if self.speculation is None else self.speculation
 
     @property
     def penalized(self) -> bool:

@@ -32,13 +32,18 @@ class Schedule:
         else:
             self.partial.append((request, rows))
 
-    def drafting_first(self) -> None:
-        """Put the sampled requests whose limit is above 0 in front of the others, so that a draft covers a prefix."""
-        if not all(self.limits) and any(self.limits):
-            order = sorted(range(len(self.sampled)), key=lambda index: not self.limits[index])
-            self.sampled = [self.sampled[index] for index in order]
-            self.limits = [self.limits[index] for index in order]
-            self.rows = [self.rows[index] for index in order]
+    def drafting_first(self) -> list[int] | None:
+        """Put the sampled requests whose limit is above 0 in front of the others, so that a draft covers a prefix.
+
+        Returns where each was before; None if nothing moved.
+        """
+        if all(self.limits) or not any(self.limits):
+            return None
+        order = sorted(range(len(self.sampled)), key=lambda index: not self.limits[index])
+        self.sampled = [self.sampled[index] for index in order]
+        self.limits = [self.limits[index] for index in order]
+        self.rows = [self.rows[index] for index in order]
+        return order
 
 
 class Admission:
@@ -139,7 +144,7 @@ class Admission:
             return
         for index, request in enumerate(schedule.sampled):
             if request.decoding:
-                want = min(drafts, request.limit - len(request.tokens) - 1)
+                want = min(drafts, request.params.draft_cap, request.limit - len(request.tokens) - 1)
                 self._grow(request, request.cached + 1 + want)
                 room = len(request.pages) * self.pool.page_size - request.cached - 1
                 schedule.limits[index] = min(want, room)

@@ -21,6 +21,7 @@ from dspark.engine.config import WORTH_COMPILING, EngineConfig
 from dspark.engine.intake import Intake
 from dspark.engine.laws import Laws, padded
 from dspark.engine.logprobs import log_probabilities
+from dspark.engine.planning import Planning, records
 from dspark.engine.prefix import PagePool
 from dspark.engine.request import Commit, Request
 from dspark.engine.runner import Runner, Timings
@@ -30,9 +31,8 @@ from dspark.speculation.cost import StepTime
 from dspark.speculation.draft_sampler import DraftSampler
 from dspark.speculation.noise import RoundNoise
 from dspark.speculation.planner import Planner, parse_planner
-from dspark.speculation.reliability import Observer, RoundRecord
+from dspark.speculation.reliability import Observer
 from dspark.speculation.statistics import SpeculationStatistics
-from dspark.speculation.survival import survival
 from dspark.speculation.verify import Verdict, verify, verify_tempered
 
 HEADROOM = 2  # slots a drafter may read past its block
@@ -60,7 +60,7 @@ class EngineCore:
         self.config = config = config or EngineConfig()
         self.target, self.tokenizer = target, tokenizer
         self.drafter = drafter = drafter or NoDraft(target.vocab_size)
-        self.planner = parse_planner(planner) if isinstance(planner, str) else planner
+        self.planning = Planning(parse_planner(planner) if isinstance(planner, str) else planner)
         self.observer, self.meter = observer, meter
         block = drafter.block_size if config.max_draft is None else min(drafter.block_size, config.max_draft)
         pages = config.pages_for(target)
@@ -80,6 +80,11 @@ class EngineCore:
         self.statistics = SpeculationStatistics()  # of all requests that have left
         large = sum(p.numel() for p in target.model.state_dict().values()) >= WORTH_COMPILING
         self.graphs = self.runner.compile() if config.compile and large else []
+
+    @property
+    def planner(self) -> Planner:
+        """Who decides how many tokens are drafted and verified."""
+        return self.planning.planner
 
     @property
     def timings(self) -> Timings:
@@ -122,7 +127,7 @@ class EngineCore:
             return []
         noise, draft = self._propose(schedule)
         drafted = self.runner.clock()
-        plan = self._plan(schedule, draft)
+        plan = self.planning.plan(schedule, draft)
         batch = assemble(schedule, draft, plan, page_size=self.config.page_size, device=self.target.device)
         logits_BV, taps_TkD = self.runner.forward(batch)
         verdict = self._verify(schedule, draft, plan, noise, logits_BV)
@@ -131,11 +136,12 @@ class EngineCore:
             self.observer(records(schedule, draft, verdict))
         load = step_load(schedule, draft, plan, len(batch.batch.token_T)) if self.meter is not None else None
         commits = self._commit(schedule, draft, verdict, logits_BV)
+        seconds = self.runner.clock() - started
+        self.planning.observe(verdict, seconds)
         self.timings.steps += 1
-        ended = self.runner.clock()
-        self.timings.total += ended - started
+        self.timings.total += seconds
         if self.meter is not None and load is not None:
-            self.meter(StepTime(**load, draft_seconds=drafted - started, seconds=ended - started))
+            self.meter(StepTime(**load, draft_seconds=drafted - started, seconds=seconds))
         return commits
 
     def forget_prefixes(self) -> None:
@@ -152,9 +158,7 @@ class EngineCore:
         """The round's noise, and drafts of the requests that may and shall have one, put first in `schedule`."""
         if not schedule.sampled:
             return None, None
-        schedule.limits = self.planner.slots(schedule.limits)
-        schedule.drafting_first()
-        slots = schedule.limits[0] and max(schedule.limits)
+        slots = self.planning.slots(schedule)
         noise = self.laws.noise(schedule.sampled, slots)
         if not slots:
             return noise, None
@@ -177,13 +181,6 @@ class EngineCore:
             tempered=sampler.tempered,
         )
         return noise, padded(self.runner.propose(context), len(schedule.sampled))
-
-    def _plan(self, schedule: Schedule, draft: Draft | None) -> list[int]:
-        """How many drafted tokens of each request are verified, within what was drafted and what fits."""
-        if draft is None:
-            return [0] * len(schedule.sampled)
-        limits = [min(pair) for pair in zip(schedule.limits, draft.length_R, strict=True)]
-        return self.planner.plan(survival(draft.confidence_RK), limits)
 
     def _verify(
         self,
@@ -229,18 +226,6 @@ class EngineCore:
         self.admission.remove(request)
         self.statistics.merge(request.statistics)
         del self.requests[request.id]
-
-
-def records(schedule: Schedule, draft: Draft, verdict: Verdict) -> list[RoundRecord]:
-    """What an observer gets: the requests that drafted something. One more read from the device than a step without."""
-    drafted_R = [min(pair) for pair in zip(schedule.limits, draft.length_R, strict=True)]
-    confidence_RK = draft.confidence_RK.tolist()
-    rounds = zip(schedule.sampled, confidence_RK, drafted_R, verdict.plan, verdict.accepted_R, strict=True)
-    return [
-        RoundRecord(request.id, tuple(confidence_K[:drafted]), verified, accepted)
-        for request, confidence_K, drafted, verified, accepted in rounds
-        if drafted
-    ]
 
 
 def step_load(schedule: Schedule, draft: Draft | None, plan: Sequence[int], rows: int) -> dict[str, int]:

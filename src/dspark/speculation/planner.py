@@ -1,7 +1,7 @@
 """Planners choose how many tokens each request drafts, and how many of those the target verifies.
 
 R requests, K draft slots. A plan is lossless only if it never looks at the token it decides about: whether slot k is
-verified may depend on the tokens before slot k and on anything older (non-anticipation, docs/method).
+verified may depend on the tokens before slot k and on anything older (non-anticipation, docs/guides/planning.md).
 """
 
 from __future__ import annotations
@@ -11,24 +11,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
 from dspark.common.errors import UserError
+from dspark.speculation.cost import StepCost
+from dspark.speculation.prices import Prices
+from dspark.speculation.round import Array, Outcome, Round, as_array
+from dspark.speculation.scheduled import Greedy, Lagged, Lookahead
 
 
 class Planner(Protocol):
-    """Asked twice a step: before drafting for the slots, after drafting for the plan."""
+    """Asked twice a step, before drafting for the slots and after it for the plan; then told what came of it."""
 
-    def slots(self, limit_R: Sequence[int]) -> list[int]:
+    def slots(self, round: Round) -> list[int]:
         """How many tokens each request drafts, 0..limit_r; 0 for a request that need not draft at all."""
         ...
 
-    def plan(self, survival_RK: Tensor | None, limit_R: Sequence[int]) -> list[int]:
+    def plan(self, round: Round, survival_RK: Array | None) -> list[int]:
         """How many drafted tokens of each request are verified, 0..limit_r.
 
-        `survival_RK` is the cumulative product of the (calibrated) confidences, None without a draft; `limit_R` is
-        what each request really drafted, within its context and its remaining tokens.
+        `survival_RK` is the cumulative product of the (calibrated) confidences, None without a draft; the round's
+        `limit_R` is what each request really drafted, within its context and its remaining tokens.
         """
+        ...
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learn from a finished round; what is learnt may shape later rounds."""
         ...
 
 
@@ -38,21 +44,27 @@ class Fixed:
 
     length: int
 
-    def slots(self, limit_R: Sequence[int]) -> list[int]:
-        return [min(self.length, limit) for limit in limit_R]
+    def slots(self, round: Round) -> list[int]:
+        return [min(self.length, limit) for limit in round.limit_R]
 
-    def plan(self, survival_RK: Tensor | None, limit_R: Sequence[int]) -> list[int]:
-        return [min(self.length, limit) for limit in limit_R]
+    def plan(self, round: Round, survival_RK: Array | None) -> list[int]:
+        return self.slots(round)
+
+    def observe(self, outcome: Outcome) -> None:
+        """Nothing to learn."""
 
 
 class Full:
     """Everything that was drafted."""
 
-    def slots(self, limit_R: Sequence[int]) -> list[int]:
-        return list(limit_R)
+    def slots(self, round: Round) -> list[int]:
+        return list(round.limit_R)
 
-    def plan(self, survival_RK: Tensor | None, limit_R: Sequence[int]) -> list[int]:
-        return list(limit_R)
+    def plan(self, round: Round, survival_RK: Array | None) -> list[int]:
+        return list(round.limit_R)
+
+    def observe(self, outcome: Outcome) -> None:
+        """Nothing to learn."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +76,17 @@ class Threshold:
 
     confidence: float
 
-    def slots(self, limit_R: Sequence[int]) -> list[int]:
-        return list(limit_R)
+    def slots(self, round: Round) -> list[int]:
+        return list(round.limit_R)
 
-    def plan(self, survival_RK: Tensor | None, limit_R: Sequence[int]) -> list[int]:
+    def plan(self, round: Round, survival_RK: Array | None) -> list[int]:
         if survival_RK is None:
-            return [0] * len(limit_R)
-        return [self._prefix(row, limit) for row, limit in zip(survival_RK.tolist(), limit_R, strict=True)]
+            return [0] * round.requests
+        rows = as_array(survival_RK).tolist()
+        return [self._prefix(row, limit) for row, limit in zip(rows, round.limit_R, strict=True)]
+
+    def observe(self, outcome: Outcome) -> None:
+        """Nothing to learn."""
 
     def _prefix(self, survival: Sequence[float], limit: int) -> int:
         before = 1.0
@@ -88,18 +104,24 @@ PLANNERS: dict[str, Callable[[str], Planner]] = {
     "fixed": lambda text: Fixed(_length(text)),
     "threshold": lambda text: Threshold(_confidence(text)),
 }
+PRICED: dict[str, Callable[[Prices], Planner]] = {"greedy": Greedy, "lagged": Lagged, "lookahead": Lookahead}
 _TAKES = {"fixed": "a number of tokens, as in fixed:3", "threshold": "a confidence, as in threshold:0.5"}
+NAMES = "none, full, fixed:N, threshold:C, " + ", ".join(PRICED)
 
 
-def parse_planner(text: str) -> Planner:
-    """The planner a person names: "none", "full", "fixed:3" or "threshold:0.5"; else a UserError."""
+def parse_planner(text: str, cost: StepCost | None = None) -> Planner:
+    """The planner a person names, such as "fixed:3" or "greedy"; else a UserError. Priced ones need the step's cost."""
     name, _, argument = text.partition(":")
-    if name not in PLANNERS:
-        raise UserError(f"planner {text!r} is unknown; pass one of none, full, fixed:N, threshold:C")
+    if name not in PLANNERS and name not in PRICED:
+        raise UserError(f"planner {text!r} is unknown; pass one of {NAMES}")
     if bool(argument) != (name in _TAKES):
         way_out = f"needs {_TAKES[name]}" if name in _TAKES else f"takes no argument; pass {name}"
         raise UserError(f"planner {text!r} {way_out}")
-    return PLANNERS[name](argument)
+    if name in PLANNERS:
+        return PLANNERS[name](argument)
+    if cost is None:
+        raise UserError(f"planner {name} weighs what a step costs; pass a profile, or one of none, full, fixed:N")
+    return PRICED[name](Prices(cost))
 
 
 def _length(text: str) -> int:

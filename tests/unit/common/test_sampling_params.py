@@ -33,6 +33,11 @@ BAD = [
     {"logit_bias": {-1: 1.0}},
     {"logit_bias": {1: math.nan}},
     {"logprobs": -1},
+    {"speculation": -1},
+    {"speculation": "on"},
+    {"speculation_group": 3},
+    {"priority": 0.0},
+    {"min_tokens_per_second": math.inf},
 ]
 
 

@@ -1,0 +1,67 @@
+"""Asks the planner for a step's lengths, and tells it what became of them.
+
+R requests of the step, K draft slots.
+"""
+
+from __future__ import annotations
+
+from dspark.drafters.base import Draft
+from dspark.engine.admission import Schedule
+from dspark.speculation.planner import Planner
+from dspark.speculation.reliability import RoundRecord
+from dspark.speculation.round import Array, Outcome, Round, as_array
+from dspark.speculation.survival import survival
+from dspark.speculation.verify import Verdict
+
+
+class Planning:
+    """One engine's planner, from the slots of a round to its outcome."""
+
+    def __init__(self, planner: Planner):
+        self.planner = planner
+        self._round: Round | None = None  # None while nothing can be drafted
+        self._survival_RK: Array | None = None
+
+    def slots(self, schedule: Schedule) -> int:
+        """Set how many tokens each request drafts, those that draft in front; returns the most of any."""
+        self._round = self._survival_RK = None
+        if not any(schedule.limits):
+            return 0
+        requests = schedule.sampled
+        before = Round(
+            limit_R=schedule.limits,
+            request_ids=[request.id for request in requests],
+            context_R=[request.cached for request in requests],
+            params_R=[request.params for request in requests],
+            prefill_rows=sum(schedule.rows) - len(requests) + sum(rows for _, rows in schedule.partial),
+        )
+        schedule.limits = self.planner.slots(before)
+        order = schedule.drafting_first()
+        self._round = before.drafted(schedule.limits, schedule.limits, order)
+        return schedule.limits[0] and max(schedule.limits)
+
+    def plan(self, schedule: Schedule, draft: Draft | None) -> list[int]:
+        """How many drafted tokens of each request are verified, within what was drafted and what fits."""
+        if draft is None or self._round is None:
+            return [0] * len(schedule.sampled)
+        limit_R = [min(pair) for pair in zip(schedule.limits, draft.length_R, strict=True)]
+        self._round = self._round.drafted(limit_R, schedule.limits)
+        self._survival_RK = as_array(survival(draft.confidence_RK).cpu())
+        return self.planner.plan(self._round, self._survival_RK)
+
+    def observe(self, verdict: Verdict, seconds: float) -> None:
+        """Pass a finished round on; call it before the next."""
+        if self._round is not None:
+            self.planner.observe(Outcome(self._round, verdict.plan, verdict.accepted_R, seconds, self._survival_RK))
+
+
+def records(schedule: Schedule, draft: Draft, verdict: Verdict) -> list[RoundRecord]:
+    """What an observer gets: the requests that drafted something. One more read from the device than a step without."""
+    drafted_R = [min(pair) for pair in zip(schedule.limits, draft.length_R, strict=True)]
+    confidence_RK = draft.confidence_RK.tolist()
+    rounds = zip(schedule.sampled, confidence_RK, drafted_R, verdict.plan, verdict.accepted_R, strict=True)
+    return [
+        RoundRecord(request.id, tuple(confidence_K[:drafted]), verified, accepted)
+        for request, confidence_K, drafted, verified, accepted in rounds
+        if drafted
+    ]

@@ -1,0 +1,64 @@
+"""What a planner is told about a round before its draft exists, and what came of it afterwards.
+
+R requests, K draft slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark.common.sampling_params import SamplingParams
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Round:
+    """The requests that get a token this step. Everything here is older than any token of the round's draft."""
+
+    limit_R: Sequence[int]  # drafts that fit; when the plan is asked for: that were drafted
+    asked_R: Sequence[int] = ()  # slots that `Planner.slots` gave; empty before
+    request_ids: Sequence[int] = ()
+    context_R: Sequence[int] = ()  # tokens in the pages
+    params_R: Sequence[SamplingParams] = ()
+    prefill_rows: int = 0  # rows of the step's forward that are neither anchors nor drafts
+
+    @property
+    def requests(self) -> int:
+        """R."""
+        return len(self.limit_R)
+
+    @property
+    def context(self) -> int:
+        """Tokens in the pages of all requests together."""
+        return sum(self.context_R)
+
+    def drafted(self, limit_R: Sequence[int], asked_R: Sequence[int], order: Sequence[int] | None = None) -> Round:
+        """The same round once its draft exists; `order` permutes what is known of the requests."""
+        if order is None:
+            return replace(self, limit_R=limit_R, asked_R=asked_R)
+        ids, context = (
+            [values[i] for i in order] if values else values for values in (self.request_ids, self.context_R)
+        )
+        params = [self.params_R[i] for i in order] if self.params_R else ()
+        return Round(limit_R, asked_R, ids, context, params, self.prefill_rows)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished round: what was planned and what the target accepted. It may shape later rounds, never its own."""
+
+    round: Round  # as it was when the plan was asked for
+    plan: Sequence[int]
+    accepted_R: Sequence[int]
+    seconds: float  # of the whole step
+    survival_RK: Array | None = field(default=None, repr=False)  # as the planner got it
+
+
+def as_array(survival_RK: object) -> Array:
+    """Survival as float64 on the host; what is not a number survives never."""
+    return np.nan_to_num(np.asarray(survival_RK, dtype=np.float64), nan=0.0)
