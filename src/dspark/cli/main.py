@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from dspark.cli import bench, demo, generate, train
+from dspark.cli import bench, data, demo, generate, train
 from dspark.common.errors import UserError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.command()(demo.demo)
 app.command()(generate.generate)
 app.command()(train.train)
 app.add_typer(bench.app, name="bench")
+app.add_typer(data.app, name="data")
 
 
 @app.callback(invoke_without_command=True)

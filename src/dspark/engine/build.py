@@ -12,7 +12,7 @@ from dspark.drafters.ngram import NoDraft
 from dspark.drafters.registry import has_tokenizer, load_drafter
 from dspark.engine.config import EngineConfig
 from dspark.engine.step import EngineCore
-from dspark.models.loading import load_tokenizer
+from dspark.models.loading import eos_token_ids, load_tokenizer
 from dspark.models.target import Target
 from dspark.speculation.planner import Planner
 
@@ -51,7 +51,7 @@ def build_engine(
         planner,
         tokenizer=tokenizer,
         config=config,
-        eos_token_ids=eos_token_ids(target, tokenizer),
+        eos_token_ids=eos_token_ids(getattr(target.model, "generation_config", None), target.config, tokenizer),
     )
 
 
@@ -65,12 +65,3 @@ def find_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(source)
     except UserError:
         return None
-
-
-def eos_token_ids(target: Target, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """What ends a text, as `generate` reads it: the generation config's, else the config's, else the tokenizer's."""
-    for holder in (getattr(target.model, "generation_config", None), target.config, tokenizer):
-        found = getattr(holder, "eos_token_id", None)
-        if found is not None:
-            return list(found) if isinstance(found, list | tuple) else [found]
-    return []

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -119,6 +120,23 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"cannot read the tokenizer of {source}: {_first_line(error)}") from error
+
+
+def load_generation_config(source: str | Path) -> GenerationConfig | None:
+    """What the model's makers say about generating, None where they say nothing."""
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except (OSError, ValueError):
+        return None
+
+
+def eos_token_ids(*holders: object) -> list[int]:
+    """What ends a text, from the first that says it: generation config, config, tokenizer, in `generate`'s order."""
+    for holder in holders:
+        found = getattr(holder, "eos_token_id", None)
+        if found is not None:
+            return list(found) if isinstance(found, list | tuple) else [found]
+    return []
 
 
 def _first_line(error: BaseException) -> str:

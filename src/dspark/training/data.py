@@ -26,22 +26,51 @@ Document = tuple[Sequence[int], Sequence[int]]
 def write_documents(
     directory: str | Path, documents: Iterable[Document], *, vocabulary: int, about: dict[str, Any] | None = None
 ) -> int:
-    """Write documents whole or not at all, with `about` beside them. Returns the number of tokens."""
+    """Write documents whole or not at all, with `about` beside them. Returns the number of tokens.
+
+    Documents are written as they come: what stays in memory is 8 bytes for each.
+    """
     kind = np.uint16 if vocabulary <= 1 << 16 else np.uint32
-    tokens, masks, offsets = [], [], [0]
-    for ids, mask in documents:
-        assert len(ids) == len(mask), "a mask as long as its document"
-        tokens.append(np.asarray(ids, dtype=kind))
-        masks.append(np.asarray(mask, dtype=np.uint8))
-        offsets.append(offsets[-1] + len(ids))
-    if not offsets[-1]:
-        raise UserError(f"no tokens to write to {directory}; check the prompts and the generator")
+    offsets = [0]
     with replacing_directory(directory) as fresh:
-        np.save(fresh / "tokens.npy", np.concatenate(tokens))
-        np.save(fresh / "mask.npy", np.concatenate(masks))
+        with GrowingArray(fresh / "tokens.npy", kind) as tokens, GrowingArray(fresh / "mask.npy", np.uint8) as masks:
+            for ids, mask in documents:
+                assert len(ids) == len(mask), "a mask as long as its document"
+                tokens.append(ids)
+                masks.append(mask)
+                offsets.append(tokens.length)
+        if not tokens.length:
+            raise UserError(f"no tokens to write to {directory}; check the prompts and the generator")
         np.save(fresh / "offsets.npy", np.asarray(offsets, dtype=np.int64))
         (fresh / "about.json").write_text(json.dumps(about or {}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return offsets[-1]
+    return tokens.length
+
+
+class GrowingArray:
+    """A one-dimensional .npy file written a piece at a time; its header, which says the length, is written last."""
+
+    def __init__(self, path: Path, kind: type[np.unsignedinteger[Any]]) -> None:
+        self.kind, self.length = np.dtype(kind), 0
+        self.file = path.open("wb")
+        self.header()
+
+    def header(self) -> None:
+        """The header for the length so far. Its size is the same for any length: numpy leaves room to grow."""
+        self.file.seek(0)
+        described = {"descr": np.lib.format.dtype_to_descr(self.kind), "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self.file, described)
+
+    def append(self, values: Sequence[int]) -> None:
+        """Write more numbers."""
+        self.file.write(np.asarray(values, dtype=self.kind).tobytes())
+        self.length += len(values)
+
+    def __enter__(self) -> GrowingArray:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.header()
+        self.file.close()
 
 
 class Batch(NamedTuple):

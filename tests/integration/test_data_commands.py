@@ -1,0 +1,112 @@
+"""`dspark data`, from a file of conversations to tokens a drafter can be trained on."""
+
+import json
+import shutil
+
+import pytest
+from transformers import AutoTokenizer
+
+from dspark.cli.main import main
+from dspark.training.data import Documents
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_target(tiny_pair, tmp_path_factory):
+    """The tiny target with a chat template."""
+    directory = tmp_path_factory.mktemp("chat") / "target"
+    shutil.copytree(tiny_pair.target, directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments) -> str:
+        capsys.readouterr()
+        assert main(["data", *map(str, arguments)]) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys):
+    def call(*arguments) -> str:
+        capsys.readouterr()
+        assert main(["data", *map(str, arguments)]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+        return captured.err
+
+    return call
+
+
+@pytest.fixture
+def conversations(tmp_path):
+    path = tmp_path / "talk.jsonl"
+    rows = [{"prompt": f"what is {i}?", "response": f"it is {i}, one more than {i - 1}"} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]), encoding="utf-8")
+    return path
+
+
+def test_import_tokenize_stats(run, conversations, chat_target, tmp_path):
+    out = run("import", conversations, "--out", tmp_path / "samples", "--held-out", 0.2)
+    assert "dropped 1: said the same as an earlier row" in out
+    out = run("tokenize", tmp_path / "samples", "--target", chat_target, "--out", tmp_path / "tokens")
+    tokenizer = AutoTokenizer.from_pretrained(chat_target)
+    total = 0
+    for split in ("train", "held_out"):
+        data = Documents(tmp_path / "tokens" / split, 512)
+        total += len(data.offsets) - 1
+        for start, end in zip(data.offsets[:-1], data.offsets[1:], strict=True):
+            tokens, written = data.tokens[start:end], data.mask[start:end] > 0
+            asked, said = tokenizer.decode(tokens[~written]), tokenizer.decode(tokens[written])
+            n = asked.removeprefix("user: what is ").partition("?")[0]
+            assert said == f"it is {n}, one more than {int(n) - 1}<|endoftext|>"
+    assert total == 40
+    out = run("stats", tmp_path / "tokens", "--json", tmp_path / "stats.json")
+    found = json.loads((tmp_path / "stats.json").read_text())
+    assert found["train"]["documents"] + found["held_out"]["documents"] == 40
+    assert found["train"]["tokens"] == len(Documents(tmp_path / "tokens" / "train", 512).tokens)
+    assert 0.3 < found["train"]["supervised_share"] < 0.9 and f"{found['train']['tokens']:,}" in out
+    assert "supervised" in run("stats", tmp_path / "tokens" / "train")
+    assert "user turns" in run("stats", tmp_path / "samples")
+
+
+def test_import_refuses(refused, conversations, tmp_path):
+    out = tmp_path / "samples"
+    assert "--column" in refused("import", conversations, "--out", out, "--column", "query")
+    assert "away.jsonl" in refused("import", tmp_path / "away.jsonl", "--out", out)
+    assert "held_out 2" in refused("import", conversations, "--out", out, "--held-out", 2)
+    assert "did not write" in refused("import", conversations, "--out", tmp_path)
+    assert sorted(tmp_path.iterdir()) == [conversations]
+
+
+def test_tokenize_refuses(run, refused, conversations, chat_target, tiny_pair, tmp_path):
+    samples, out = tmp_path / "samples", tmp_path / "tokens"
+    assert "about.json" in refused("tokenize", samples, "--target", chat_target, "--out", out)
+    run("import", conversations, "--out", samples, "--held-out", 0)
+    assert "no chat template" in refused("tokenize", samples, "--target", tiny_pair.target, "--out", out)
+    assert "KEY=VALUE" in refused("tokenize", samples, "--target", chat_target, "--out", out, "--template", "thinking")
+    assert "config.json" in refused("tokenize", samples, "--target", tmp_path, "--out", out)
+    conversations.write_text('{"prompt": "never answered"}\n')
+    run("import", conversations, "--out", samples, "--held-out", 0)
+    assert "regenerate" in refused("tokenize", samples, "--target", chat_target, "--out", out)
+    assert not out.exists() and sorted(tmp_path.iterdir()) == sorted([samples, conversations])
+
+
+def test_stats_refuses(run, refused, conversations, chat_target, tmp_path):
+    assert "about.json" in refused("stats", tmp_path / "away")
+    run("import", conversations, "--out", tmp_path / "samples", "--held-out", 0)
+    assert "directory" in refused("stats", tmp_path / "samples", "--json", tmp_path)
+    run("tokenize", tmp_path / "samples", "--target", chat_target, "--out", tmp_path / "tokens")
+    path = tmp_path / "tokens" / "train" / "mask.npy"
+    path.write_bytes(path.read_bytes()[:-5])
+    assert "mask.npy is truncated" in refused("stats", tmp_path / "tokens")
