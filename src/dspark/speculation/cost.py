@@ -163,6 +163,16 @@ def _segment(x: Seconds, knots: Sequence[float]) -> tuple[NDArray[np.intp], Seco
     return i, np.maximum((x - knot[i]) / (knot[i + 1] - knot[i]), 0.0)
 
 
+def hats(x: Seconds, knots: Sequence[float]) -> Seconds:
+    """How much each knot counts at each x, [len(x), len(knots)]: the price there is this times the knots' prices."""
+    i, share = _segment(x, knots)
+    weight = np.zeros((len(x), len(knots)))
+    each = np.arange(len(x))
+    weight[each, np.minimum(i + 1, len(knots) - 1)] += share
+    weight[each, i] += 1 - share
+    return weight
+
+
 def _tupled(value: Any) -> Any:
     return tuple(_tupled(item) for item in value) if isinstance(value, list | tuple) else value
 

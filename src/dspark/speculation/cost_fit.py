@@ -1,0 +1,127 @@
+"""Fits a step's price to measured steps: robust, never falling with rows, without a term below zero.
+
+N measured steps, F terms of the price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark.speculation.cost import StepCost, StepTime, hats
+
+Array = NDArray[np.float64]
+OUTLIER = 1.5  # a sample this many times the median of its kind was interrupted by something else
+PREFILL_WEIGHTS = np.linspace(0.2, 1.2, 21)
+TERMS = 3  # per request, per context token, per attended pair
+
+
+def fit_cost(steps: Iterable[StepTime]) -> StepCost:
+    """The price that fits the steps best in relative terms. Steps of one kind (same rows, requests ...) are repeats."""
+    kept = without_outliers(steps)
+    decoding = [step for step in kept if not step.prefill]
+    knots = sorted({step.rows for step in decoding})
+    cost = _target(decoding, knots)
+    prefilling = [step for step in kept if step.prefill]
+    if prefilling:
+        cost["prefill_weight"] = _prefill_weight(StepCost(**cost), prefilling)
+    return StepCost(**cost, **_draft(decoding))
+
+
+def without_outliers(steps: Iterable[StepTime]) -> list[StepTime]:
+    """The steps less those far above the median of their kind."""
+    kinds: dict[tuple[int, ...], list[StepTime]] = {}
+    for step in steps:
+        kinds.setdefault((step.rows, step.requests, step.prefill, step.drafting, step.slots), []).append(step)
+    kept = []
+    for group in kinds.values():
+        usual = median(step.seconds for step in group)
+        kept += [step for step in group if step.seconds <= OUTLIER * usual]
+    return kept
+
+
+def never_falling(values: Sequence[float], weights: Sequence[float] | None = None) -> list[float]:
+    """The nearest sequence that never falls: neighbours out of order share their mean."""
+    blocks: list[tuple[float, float, int]] = []  # mean, weight, length
+    for value, weight in zip(values, weights if weights is not None else [1.0] * len(values), strict=True):
+        blocks.append((value, weight, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (one, a, n), (two, b, m) = blocks[-2:]
+            blocks[-2:] = [((one * a + two * b) / (a + b), a + b, n + m)]
+    return [mean for mean, _, length in blocks for _ in range(length)]
+
+
+def _target(steps: list[StepTime], knots: list[int]) -> dict[str, object]:
+    """Table and linear terms from steps without prefill; a table alone where nothing else varies."""
+    rows = np.array([step.rows for step in steps], float)
+    context = np.array([step.context for step in steps], float)
+    requests = np.array([step.requests for step in steps], float)
+    seconds = np.array([step.seconds - step.draft_seconds for step in steps])
+    terms = [requests, context, rows * context / np.maximum(requests, 1)]
+    design_NF = np.column_stack([hats(rows, knots), *terms])
+    found_F = _robust(design_NF, seconds, free=len(knots))
+    count_K = hats(rows, knots).sum(0)
+    table = never_falling(np.maximum(found_F[: len(knots)], 1e-9).tolist(), count_K.tolist())
+    per_request, per_context, per_attended = found_F[len(knots) :].tolist()
+    return {
+        "rows": tuple(knots),
+        "seconds": tuple(table),
+        "per_request": per_request,
+        "per_context": per_context,
+        "per_attended": per_attended,
+    }
+
+
+def _robust(design_NF: Array, seconds_N: Array, *, free: int) -> Array:
+    """Least relative error with Huber's weights; terms from `free` on that come out below 0 are left out."""
+    used = np.ones(design_NF.shape[1], bool)
+    trust_N = 1.0 / seconds_N
+    found_F = np.zeros(design_NF.shape[1])
+    for _ in range(12):
+        scale_F = np.maximum(np.abs(design_NF[:, used]).max(0), 1e-12)
+        ridge = 1e-4 * np.eye(int(used.sum()))
+        matrix = np.vstack([design_NF[:, used] * trust_N[:, None] * seconds_N.mean() / scale_F, ridge])
+        right = np.concatenate([seconds_N * trust_N * seconds_N.mean(), np.zeros(len(ridge))])
+        found_F[:] = 0
+        found_F[used] = np.linalg.lstsq(matrix, right, rcond=None)[0] / scale_F
+        negative = np.flatnonzero((found_F < 0) & (np.arange(len(found_F)) >= free))
+        if len(negative):
+            used[negative] = False
+            continue
+        error_N = np.abs(design_NF @ found_F / seconds_N - 1)
+        bound = 1.5 * max(float(np.median(error_N)), 1e-3)
+        trust_N = np.minimum(1.0, bound / np.maximum(error_N, 1e-12)) ** 0.5 / seconds_N
+    return found_F
+
+
+def _prefill_weight(cost: StepCost, steps: list[StepTime]) -> float:
+    """What a row without logits costs, as a share of one with: the weight with the least median relative error."""
+    seconds = np.array([step.seconds - step.draft_seconds for step in steps])
+    errors = []
+    for weight in PREFILL_WEIGHTS:
+        tried = StepCost(**(cost.as_dict() | {"prefill_weight": float(weight)}))
+        price = [
+            float(tried.target(s.rows, requests=max(s.requests, 1), context=s.context, prefill=s.prefill))
+            for s in steps
+        ]
+        errors.append(float(np.median(np.abs(np.array(price) / seconds - 1))))
+    return float(PREFILL_WEIGHTS[int(np.argmin(errors))])
+
+
+def _draft(steps: list[StepTime]) -> dict[str, object]:
+    """The draft's table by requests and slots; nothing for an engine that never drafted."""
+    drafts: dict[tuple[int, int], list[float]] = {}
+    for step in steps:
+        if step.drafting and step.slots:
+            drafts.setdefault((step.drafting, step.slots), []).append(step.draft_seconds)
+    requests = sorted({r for r, _ in drafts})
+    slots = sorted({k for r, k in drafts if all((other, k) in drafts for other in requests)})
+    if not slots:
+        return {}
+    table = [never_falling([median(drafts[r, k]) for k in slots]) for r in requests]
+    columns = [never_falling(column) for column in zip(*table, strict=True)]
+    rows = [tuple(np.maximum.accumulate(row).tolist()) for row in zip(*columns, strict=True)]
+    return {"draft_requests": tuple(requests), "draft_slots": tuple(slots), "draft_seconds": tuple(rows)}
