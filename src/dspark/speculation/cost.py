@@ -6,6 +6,7 @@ All functions take numbers or numpy arrays that broadcast against each other, an
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -105,6 +106,21 @@ class StepCost:
         price = low + share * (high - low) + self.draft_per_context * tokens
         return np.where((count > 0) & (width > 0), price, 0.0)
 
+    def of_step(self, step: StepTime) -> tuple[float, float]:
+        """What `target` and `draft` say of one step, much faster than arrays do."""
+        everything = step.rows + self.prefill_weight * step.prefill
+        i, share = place(everything, self.rows)
+        target = _between(self.seconds, i, share) + self.per_request * step.requests + self.per_context * step.context
+        target += self.per_attended * everything * step.context / max(step.requests, 1)
+        if not (step.drafting and step.slots and self.draft_seconds):
+            return target, 0.0
+        i, share = place(step.slots, self.draft_slots)
+        j, along = place(step.drafting, self.draft_requests)
+        low = _between(self.draft_seconds[j], i, share)
+        high = _between(self.draft_seconds[min(j + 1, len(self.draft_seconds) - 1)], i, share)
+        context = step.context * step.drafting / max(step.requests, 1)
+        return target, low + along * (high - low) + self.draft_per_context * context
+
     def table(self, most: int, *, requests: ArrayLike = 1, context: ArrayLike = 0, prefill: ArrayLike = 0) -> Seconds:
         """Seconds of a step of 1..`most` rows with logits, as an array whose index is rows - 1."""
         return self.target(np.arange(1, most + 1), requests=requests, context=context, prefill=prefill)
@@ -161,6 +177,18 @@ def _segment(x: Seconds, knots: Sequence[float]) -> tuple[NDArray[np.intp], Seco
     if len(knot) == 1:
         return i, np.zeros(x.shape)
     return i, np.maximum((x - knot[i]) / (knot[i + 1] - knot[i]), 0.0)
+
+
+def place(x: float, knots: Sequence[float]) -> tuple[int, float]:
+    """`_segment` of one number."""
+    if len(knots) == 1:
+        return 0, 0.0
+    i = min(max(bisect_right(knots, x) - 1, 0), len(knots) - 2)
+    return i, max((x - knots[i]) / (knots[i + 1] - knots[i]), 0.0)
+
+
+def _between(values: Sequence[float], i: int, share: float) -> float:
+    return values[i] + share * (values[min(i + 1, len(values) - 1)] - values[i])
 
 
 def hats(x: Seconds, knots: Sequence[float]) -> Seconds:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from statistics import median
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +55,7 @@ def never_falling(values: Sequence[float], weights: Sequence[float] | None = Non
     return [mean for mean, _, length in blocks for _ in range(length)]
 
 
-def _target(steps: list[StepTime], knots: list[int]) -> dict[str, object]:
+def _target(steps: list[StepTime], knots: list[int]) -> dict[str, Any]:
     """Table and linear terms from steps without prefill; a table alone where nothing else varies."""
     rows = np.array([step.rows for step in steps], float)
     context = np.array([step.context for step in steps], float)
@@ -76,18 +77,23 @@ def _target(steps: list[StepTime], knots: list[int]) -> dict[str, object]:
 
 
 def _robust(design_NF: Array, seconds_N: Array, *, free: int) -> Array:
-    """Least relative error with Huber's weights; terms from `free` on that come out below 0 are left out."""
+    """Least relative error with Huber's weights; terms from `free` on that come out below 0 are left out.
+
+    So is every request's term where it leaves nothing for a row: noise, not requests, was then measured.
+    """
     used = np.ones(design_NF.shape[1], bool)
     trust_N = 1.0 / seconds_N
     found_F = np.zeros(design_NF.shape[1])
     for _ in range(12):
         scale_F = np.maximum(np.abs(design_NF[:, used]).max(0), 1e-12)
-        ridge = 1e-4 * np.eye(int(used.sum()))
+        ridge = np.diag(np.where(np.flatnonzero(used) < free, 1e-4, 1e-2))  # a term must earn its place
         matrix = np.vstack([design_NF[:, used] * trust_N[:, None] * seconds_N.mean() / scale_F, ridge])
         right = np.concatenate([seconds_N * trust_N * seconds_N.mean(), np.zeros(len(ridge))])
         found_F[:] = 0
         found_F[used] = np.linalg.lstsq(matrix, right, rcond=None)[0] / scale_F
         negative = np.flatnonzero((found_F < 0) & (np.arange(len(found_F)) >= free))
+        if not len(negative) and used[free] and found_F[:free].min() <= 0:
+            negative = np.array([free])
         if len(negative):
             used[negative] = False
             continue
@@ -111,17 +117,39 @@ def _prefill_weight(cost: StepCost, steps: list[StepTime]) -> float:
     return float(PREFILL_WEIGHTS[int(np.argmin(errors))])
 
 
-def _draft(steps: list[StepTime]) -> dict[str, object]:
-    """The draft's table by requests and slots; nothing for an engine that never drafted."""
-    drafts: dict[tuple[int, int], list[float]] = {}
+def _draft(steps: list[StepTime]) -> dict[str, Any]:
+    """The draft's table by requests and slots, and its context's share; nothing for an engine that never drafted."""
+    drafts: dict[tuple[int, int], list[StepTime]] = {}
     for step in steps:
         if step.drafting and step.slots:
-            drafts.setdefault((step.drafting, step.slots), []).append(step.draft_seconds)
+            drafts.setdefault((step.drafting, step.slots), []).append(step)
     requests = sorted({r for r, _ in drafts})
     slots = sorted({k for r, k in drafts if all((other, k) in drafts for other in requests)})
     if not slots:
         return {}
-    table = [never_falling([median(drafts[r, k]) for k in slots]) for r in requests]
+    per_context = _context_share(drafts.values())
+    base = {
+        kind: median(max(step.draft_seconds - per_context * step.context, 1e-9) for step in group)
+        for kind, group in drafts.items()
+    }
+    table = [never_falling([base[r, k] for k in slots]) for r in requests]
     columns = [never_falling(column) for column in zip(*table, strict=True)]
     rows = [tuple(np.maximum.accumulate(row).tolist()) for row in zip(*columns, strict=True)]
-    return {"draft_requests": tuple(requests), "draft_slots": tuple(slots), "draft_seconds": tuple(rows)}
+    return {
+        "draft_requests": tuple(requests),
+        "draft_slots": tuple(slots),
+        "draft_seconds": tuple(rows),
+        "draft_per_context": per_context,
+    }
+
+
+def _context_share(groups: Iterable[list[StepTime]]) -> float:
+    """Seconds a context token adds to a draft, from the kinds of drafts measured with short and with long contexts."""
+    slopes = []
+    for group in groups:
+        half = (min(step.context for step in group) + max(step.context for step in group)) / 2
+        short, long = [s for s in group if s.context <= half], [s for s in group if s.context > half]
+        if long and min(s.context for s in long) > 2 * max(s.context for s in short):
+            more = median(s.draft_seconds for s in long) - median(s.draft_seconds for s in short)
+            slopes.append(more / (median(s.context for s in long) - median(s.context for s in short)))
+    return max(median(slopes), 0.0) if slopes else 0.0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from dspark.speculation.cost import StepCost, StepTime, hats
+from dspark.speculation.cost import StepCost, StepTime, place
 from dspark.speculation.cost_fit import never_falling
 
 REFRESH = 16  # observed steps between two prices: a planner sees one price for that long
@@ -16,6 +17,7 @@ EXPLORE_EVERY = 128  # steps between two that may try a row count nobody tries
 START = 10  # observed steps that the profile counts for
 LEAST_RATE = 0.02  # of the whole price; a price that was right before is forgotten within about a hundred steps
 KNOT_RATE = 0.05  # of one row count's own part
+SHRINK = 0.005  # of a row count's own part towards none
 CLIP = 3.0  # a step off by more than this many times the usual error is an interruption, and moves the price no further
 
 
@@ -25,28 +27,31 @@ class _Correction:
     def __init__(self, knots: Sequence[int]):
         self.knots = knots
         self.whole = 0.0
-        self.own = np.zeros(len(knots))
-        self.seen = np.zeros(len(knots))  # weights of the observations, for exploring
+        self.own = [0.0] * len(knots)
+        self.seen = [0.0] * len(knots)  # weights of the observations, for exploring
         self.usual = 0.05  # running mean of the size of the error
         self.count = 0
 
     def observe(self, at: float, seconds: float, price: float) -> None:
         """Take one measured step whose uncorrected price is `price`."""
-        weight = hats(np.array([at]), self.knots)[0]
-        error = math.log(seconds / price) - self.whole - float(weight @ self.own)
+        i, share = place(at, self.knots)
+        share = min(share, 1.0)
+        touched = ((i, 1.0 - share), (min(i + 1, len(self.knots) - 1), share))
+        error = math.log(seconds / price) - self.whole - sum(self.own[knot] * weight for knot, weight in touched)
         step = min(max(error, -CLIP * self.usual), CLIP * self.usual)
         self.count += 1
         # the unclipped error has a say, or a machine that has become twice as slow would be an interruption for ever
         self.usual += 0.05 * (min(abs(error), 2 * CLIP * self.usual) - self.usual)
         self.usual = max(self.usual, 0.005)
         self.whole += max(LEAST_RATE, 1.0 / (START + self.count)) * step
-        self.own += KNOT_RATE * weight * step
-        self.own *= 1.0 - 0.1 * KNOT_RATE * weight
-        self.seen += weight
+        for knot, weight in touched:
+            own = self.own[knot] + KNOT_RATE * weight * step
+            self.own[knot] = own * (1.0 - SHRINK * weight)
+            self.seen[knot] += weight
 
-    def factors(self) -> np.ndarray:
+    def factors(self) -> list[float]:
         """What to multiply the value of each knot by."""
-        return np.exp(self.whole + self.own)
+        return [math.exp(self.whole + own) for own in self.own]
 
 
 class LiveCost:
@@ -64,15 +69,13 @@ class LiveCost:
 
     def observe(self, step: StepTime) -> None:
         """Learn from one step."""
-        if not step.requests:
+        if not step.requests or step.seconds <= step.draft_seconds:
             return
-        load = {"requests": step.requests, "context": step.context, "prefill": step.prefill}
-        target = float(self.profile.target(step.rows, **load))
-        draft = float(self.profile.draft(step.drafting, step.slots, context=self._draft_context(step)))
+        target, draft = self.profile.of_step(step)
         at = step.rows + self.profile.prefill_weight * step.prefill
         if self.split:
             self._target.observe(at, step.seconds - step.draft_seconds if draft else step.seconds, target)
-            if draft and self._draft is not None:
+            if draft and self._draft is not None and step.draft_seconds > 0:
                 self._draft.observe(step.drafting, step.draft_seconds, draft)
         else:
             self._target.observe(at, step.seconds, target + draft)
@@ -93,21 +96,19 @@ class LiveCost:
             return rows
         return int(self._target.knots[min(near, key=lambda i: self._target.seen[i])])
 
-    def _draft_context(self, step: StepTime) -> float:
-        return step.context * step.drafting / max(step.requests, 1)
-
     def _refresh(self) -> None:
-        factor = self._target.factors()
         whole = math.exp(self._target.whole)
-        seconds = never_falling((np.array(self.profile.seconds) * factor).tolist(), (1 + self._target.seen).tolist())
-        changes: dict[str, object] = {
+        pairs = zip(self.profile.seconds, self._target.factors(), strict=True)
+        seconds = never_falling([price * factor for price, factor in pairs], [1 + seen for seen in self._target.seen])
+        changes: dict[str, Any] = {
             "seconds": tuple(seconds),
             "per_request": self.profile.per_request * whole,
             "per_context": self.profile.per_context * whole,
             "per_attended": self.profile.per_attended * whole,
         }
         if self._draft is not None:
-            factor = self._draft.factors() if self.split else np.full(len(self.profile.draft_requests), whole)
-            table = np.array(self.profile.draft_seconds) * factor[:, None]
+            factor = self._draft.factors() if self.split else [whole] * len(self.profile.draft_requests)
+            table = np.array(self.profile.draft_seconds) * np.array(factor)[:, None]
             changes["draft_seconds"] = tuple(map(tuple, np.maximum.accumulate(table, 0).tolist()))
-        self.cost = replace(self.profile, **changes)  # type: ignore[arg-type]
+            changes["draft_per_context"] = self.profile.draft_per_context * factor[-1]
+        self.cost = replace(self.profile, **changes)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dspark.common.errors import UserError
-from dspark.speculation.cost import StepCost
+from dspark.speculation.cost import StepCost, StepTime
 
 COST = StepCost(
     rows=(1, 4, 8),
@@ -48,6 +48,15 @@ def test_prices_come_in_the_shape_that_was_asked_for():
     assert COST.target(np.ones((2, 3)), requests=np.ones((2, 1))).shape == (2, 3)
     assert COST.draft(np.arange(3)[:, None], np.arange(4)).shape == (3, 4)
     assert float(StepCost.of_table([2.0]).target(9)) == 2.0
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 20])
+@pytest.mark.parametrize(("drafting", "slots"), [(0, 0), (1, 7), (2, 1), (3, 4)])
+def test_one_step_is_priced_as_an_array_of_them(rows, drafting, slots):
+    step = StepTime(rows, 3, 60, 5, drafting, slots, 0.1, 1.0)
+    target, draft = COST.of_step(step)
+    assert target == pytest.approx(float(COST.target(rows, requests=3, context=60, prefill=5)))
+    assert draft == pytest.approx(float(COST.draft(drafting, slots, context=60 * drafting / 3)))
 
 
 def test_json_gives_the_same_cost_back():

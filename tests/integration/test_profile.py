@@ -1,0 +1,115 @@
+"""Measuring an engine's steps leaves it as it was; a profile of something else is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from engines import drain, engine, prompts, run
+
+from dspark.cli.main import main
+from dspark.common.errors import UserError
+from dspark.common.sampling_params import SamplingParams
+from dspark.engine.profile import Profile, cached_profile, ensure_profile, identity, keep, measure
+
+SECONDS = 0.3
+ROOM = {"max_running": 4, "pages": 800}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return measure(engine("dspark", **ROOM), seconds=SECONDS)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty directory for kept profiles."""
+    monkeypatch.setattr("dspark.engine.profile.cache_directory", lambda: tmp_path)
+    return tmp_path
+
+
+def test_a_profile_knows_rows_requests_and_drafts(measured):
+    assert measured.cost.rows[0] == 1 and len(measured.cost.rows) >= 6
+    assert measured.cost.draft_requests[0] == 1 and measured.cost.draft_slots[-1] == 5
+    assert measured.steps >= 12
+
+
+def test_the_engine_is_left_as_it_was():
+    core, untouched = engine("dspark", "fixed:2", max_running=4), engine("dspark", "fixed:2", max_running=4)
+    planner = core.planner
+    measure(core, seconds=0.05)
+    core.check_integrity()
+    assert core.idle and core.planner is planner and core.meter is None
+    assert core.timings.steps == 0 and core.statistics.rounds == 0
+    asked = prompts((5, 9))
+    assert run(core, asked, temperature=1.0, max_tokens=9) == run(untouched, asked, temperature=1.0, max_tokens=9)
+    assert core.timings.steps == untouched.timings.steps
+
+
+@pytest.mark.parametrize("kind", ["none", "ngram", "draft_model"])
+def test_any_drafter_is_measured(kind):
+    cost = measure(engine(kind, **ROOM | {"max_running": 2}), seconds=0.05).cost
+    assert bool(cost.draft_seconds) == (kind != "none")
+    assert max(cost.rows) == (2 if kind == "none" else 2 * (1 + max(cost.draft_slots)))
+
+
+def test_a_busy_engine_is_not_measured():
+    core = engine()
+    core.add([1, 2, 3], SamplingParams(max_tokens=2))
+    with pytest.raises(UserError, match="has 1 requests"):
+        measure(core)
+    drain(core)
+
+
+def test_kept_profiles_are_found_again_and_damaged_ones_are_none(measured, cache):
+    core = engine("dspark", **ROOM)
+    assert cached_profile(core) is None
+    path = keep(measured)
+    assert cached_profile(core).cost == measured.cost
+    assert cached_profile(engine("ngram")) is None
+    path.write_text("{")
+    assert cached_profile(core) is None
+    assert ensure_profile(core, seconds=0.05).cost == cached_profile(core).cost
+
+
+def test_what_differs_is_said(measured, tmp_path):
+    measured.save(tmp_path / "profile.json")
+    loaded = Profile.load(tmp_path / "profile.json")
+    loaded.check(engine("dspark"))
+    with pytest.raises(UserError, match=r"measured with drafter DSpark .* here it is NGram"):
+        loaded.check(engine("ngram"))
+    other = replace(loaded, identity=loaded.identity | {"machine": "an abacus"})
+    with pytest.raises(UserError, match="machine an abacus, here it is"):
+        other.check(engine("dspark"))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("{", "not JSON"), ("[]", "no profile"), ('{"format": 9, "identity": {}}', "no profile"), (None, "cannot read")],
+)
+def test_a_file_that_is_no_profile(tmp_path, content, says):
+    path = tmp_path / "profile.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=says):
+        Profile.load(path)
+
+
+def test_a_profile_with_a_falling_table_is_refused(measured, tmp_path):
+    path = tmp_path / "profile.json"
+    measured.save(path)
+    held = json.loads(path.read_text())
+    held["cost"]["seconds"][0] = 1e9
+    path.write_text(json.dumps(held))
+    with pytest.raises(UserError, match="never fall"):
+        Profile.load(path)
+
+
+def test_the_command(tiny_pair, cache, tmp_path, capsys):
+    made, sps = tmp_path / "made.json", tmp_path / "sps.json"
+    options = ["--drafter", tiny_pair.drafter, "--no-compile", "--seconds", 0.5, "--max-running", 2]
+    arguments = ["profile", tiny_pair.target, *options, "--output", made, "--sps", sps]
+    assert main([str(argument) for argument in arguments]) == 0
+    out = capsys.readouterr().out
+    assert "a step without drafting" in out and "drafter: DSpark" in out
+    assert set(identity(engine("dspark"))) == set(Profile.load(made).identity)
+    assert len(json.loads(sps.read_text())["sample_batch_tokens"]) > 2
