@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dspark.drafters.layers import BackboneConfig, Layer, RMSNorm, RotaryEmbedding
 from dspark.drafters.lesson import Lesson
 from dspark.ops.attention import ragged_attention
-from dspark.ops.block_attention import block_attention
+from dspark.ops.block_attention import Layout, block_attention
 
 Pools = Sequence[tuple[Tensor, Tensor]]
 """Keys and values of the context, for every layer: two pools [S, G, d]."""
@@ -86,15 +86,13 @@ class Backbone(nn.Module):
         """Hidden states [B, A, K, D] of many blocks a row at once, for training: each sees its document before it."""
         config, slots = self.config, inputs_BAKD.shape[2]
         context = self.project(lesson.taps_BSD, lesson.position_BS)
-        anchor_BA, start_BA = lesson.anchor_BA, lesson.start_BA
+        layout = Layout(lesson.anchor_BA, lesson.start_BA, slots, lesson.token_BS.shape[1])
 
         def attend(layer: int, q_BAKHd: Tensor, k_BAKGd: Tensor, v_BAKGd: Tensor) -> Tensor:
             window = config.windows[layer] if config.windows else 0
-            return block_attention(
-                q_BAKHd, k_BAKGd, v_BAKGd, *context[layer], anchor_BA, start_BA, config.scale, window=window
-            )
+            return block_attention(q_BAKHd, k_BAKGd, v_BAKGd, *context[layer], layout, config.scale, window=window)
 
-        position_BAK = lesson.anchor_position_BA[..., None] + torch.arange(slots, device=anchor_BA.device)
+        position_BAK = lesson.anchor_position_BA[..., None] + torch.arange(slots, device=lesson.anchor_BA.device)
         x_BAKD, rotary = inputs_BAKD, self.rotary(position_BAK, inputs_BAKD.dtype)
         for layer in self.layers:
             x_BAKD = layer(x_BAKD, rotary, attend)

@@ -33,7 +33,7 @@ def sample_anchors(batch: Batch, count: int, generator: torch.Generator) -> tupl
     `generator` lives on the CPU, so that a run draws the same anchors on every device.
     """
     eligible_BS = eligible(batch).cpu()
-    count = min(count, eligible_BS.shape[1])
+    count = max(1, min(count, int(eligible_BS.sum(1).max())))  # no more than the richest row has
     lot_BS = torch.rand(eligible_BS.shape, generator=generator).masked_fill(~eligible_BS, -1.0)
     lot_BA, anchor_BA = lot_BS.topk(count, dim=1)
     keep_BA = lot_BA >= 0
