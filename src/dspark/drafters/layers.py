@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dspark.common.errors import UserError
+from dspark.ops.lean import gated, rms_norm, rotate
 
 Rotary = tuple[Tensor, Tensor]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -125,8 +126,7 @@ class ScaleFreeNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return rms_norm(x, None, self.eps)
 
 
 class RMSNorm(ScaleFreeNorm):
@@ -137,7 +137,7 @@ class RMSNorm(ScaleFreeNorm):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * super().forward(x)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class RotaryEmbedding(nn.Module):
@@ -169,13 +169,6 @@ class RotaryEmbedding(nn.Module):
         return (both.cos() * self.scaling).to(dtype), (both.sin() * self.scaling).to(dtype)
 
 
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn [..., heads, d] by the angles of its positions."""
-    cos, sin = rotary
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 class Attention(nn.Module):
     """Projections of one layer. `width` is the input's: D, or 2·D in Eagle-3's first layer."""
 
@@ -196,13 +189,13 @@ class Attention(nn.Module):
         self.key_is_value = config.key_is_value
 
     def query(self, x: Tensor, rotary: Rotary) -> Tensor:
-        return rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), rotary)
+        return rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), *rotary)
 
     def key_value(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Keys and values [..., G, d] of context features or of the block, by the same weights (DFlash)."""
         key = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
         value = key if self.key_is_value else self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        return rotate(self.k_norm(key), rotary), self.v_norm(value)
+        return rotate(self.k_norm(key), *rotary), self.v_norm(value)
 
 
 class MLP(nn.Module):
@@ -216,7 +209,7 @@ class MLP(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.act, self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):

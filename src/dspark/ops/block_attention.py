@@ -203,6 +203,6 @@ def flex_block_attention(
     )
     flex = compiled_flex() if q_BAKHd.is_cuda else flex_attention
     q_BHQd, mask = q_BAKHd.flatten(1, 2).transpose(1, 2).to(kind), layout.block_mask(window)
-    gqa = H != k_BAKGd.shape[3]
+    gqa = k_BAKGd.shape[3] != H
     out_BHQd = flex(q_BHQd, keys_BGLd, values_BGLd, block_mask=mask, scale=scale, enable_gqa=gqa)
     return out_BHQd.transpose(1, 2).reshape(B, A, K, H, d)

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 Head = Callable[[Tensor, Tensor | None], Tensor]
-CHUNK = 1 << 20  # logits of one chunk: 4 MB in float32, so that a pass over them finds them in a core's cache
+CHUNK = 1 << 20  # logits of one chunk: 4 MB in float32, so that a pass over them finds most of them in a cache
+FEWEST = 256  # slots of one chunk, whatever the vocabulary: with fewer the heads' weights are read too often
 
 
 class SlotLosses(NamedTuple):
@@ -109,6 +110,7 @@ class Rows:
     scale: Scale
     draft_ids_V: Tensor | None = None
     chunk: int = CHUNK  # logits in one chunk
+    fewest: int = FEWEST  # slots in one chunk
 
 
 class WeightedLoss(torch.autograd.Function):
@@ -119,7 +121,7 @@ class WeightedLoss(torch.autograd.Function):
         ctx: Any, rows: Rows, learn: bool, hidden_ND: Tensor, latent_Nr: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         count, parts = len(hidden_ND), []
-        size = max(1, rows.chunk // vocabulary_of(rows, hidden_ND, latent_Nr)) if count else 1
+        size = max(rows.fewest, rows.chunk // vocabulary_of(rows, hidden_ND, latent_Nr)) if count else 1
         hidden_gradient_ND = torch.zeros_like(hidden_ND) if learn else None
         latent_gradient_Nr = torch.zeros_like(latent_Nr) if learn and latent_Nr is not None else None
         gradients: list[Tensor | None] = [None] * len(parameters)

@@ -58,6 +58,7 @@ def rows_of(kind, pruned, chunk, seed=0):
         scale=scale,
         draft_ids_V=ids_V,
         chunk=chunk,
+        fewest=1,
     )
     plain = slot_losses(rows.draft(hidden_ND, latent_Nr), target_NV, label_N, ids_V)
     total = (weight_N * (0.3 * plain.cross_entropy + 0.9 * plain.l1 + 0.5 * plain.kl)).sum()
