@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dspark.ops.block_attention import block_attention
+from dspark.ops.block_attention import Layout, plain_block_attention
 from dspark.ops.step_attention import step_attention
 
 
@@ -21,7 +21,8 @@ def test_block_attention(window):
     q, k, v = (torch.randn(B, A, K, heads, d) for heads in (H, G, G))
     context_k, context_v = torch.randn(B, S, G, d), torch.randn(B, S, G, d)
     anchor_BA = torch.tensor([[0, 4, 10], [1, 1, 7]])
-    out = block_attention(q, k, v, context_k, context_v, anchor_BA, 0.3, window=window)
+    layout = Layout(anchor_BA, torch.zeros_like(anchor_BA), K, S)
+    out = plain_block_attention(q, k, v, context_k, context_v, layout, 0.3, window=window)
     for b in range(B):
         for a in range(A):
             anchor = int(anchor_BA[b, a])
