@@ -20,15 +20,18 @@ def evaluate(*arguments):
     return main(["evaluate", *map(str, arguments)])
 
 
-def options(pair, data, *more):
-    sets = ("--task", "mt-bench", "--task", "gsm8k", "--data", data)
-    return ["--target", pair.target, *sets, "--max-tokens", 12, "--batch", 2, "--no-compile", *more]
+def options(pair, *more):
+    return ["--target", pair.target, "--max-tokens", 8, "--batch", 3, "--no-compile", *more]
+
+
+def sets(data):
+    return ["--task", "mt-bench", "--task", "gsm8k", "--data", data]
 
 
 def test_tables_numbers_and_figures(tiny_pair, data, tmp_path, capsys):
     out = tmp_path / "result"
     drafters = [f"tiny={tiny_pair.drafter}", "ngram"]
-    assert evaluate(*drafters, *options(tiny_pair, data), "--rounds", 2, "--out", out) == 0
+    assert evaluate(*drafters, *options(tiny_pair, *sets(data)), "--rounds", 2, "--out", out) == 0
     found = json.loads((out / "evaluation.json").read_text())
     assert [one["name"] for one in found["drafters"]] == ["tiny", "ngram"]
     assert found["drafters"][0]["kind"] == "dspark" and found["drafters"][0]["layers"] == 1
@@ -55,8 +58,8 @@ def test_tables_numbers_and_figures(tiny_pair, data, tmp_path, capsys):
 
 def test_every_gamma_is_a_drafter_of_its_own(tiny_pair, data, tmp_path):
     out = tmp_path / "result"
-    more = ("--gamma", 2, "--gamma", 5, "--rounds", 1, "--limit", 1, "--seed", 1, "--out", out)
-    assert evaluate(tiny_pair.drafter, *options(tiny_pair, data, *more)) == 0
+    more = ("--gamma", 2, "--gamma", 5, "--rounds", 1, "--seed", 1, "--out", out)
+    assert evaluate(tiny_pair.drafter, *options(tiny_pair, "--task", data / "gsm8k.jsonl", *more)) == 0
     found = json.loads((out / "evaluation.json").read_text())
     assert [one["gamma"] for one in found["drafters"]] == [2, 5]
     ways = found["tasks"]["gsm8k"]["ways"].values()
@@ -68,7 +71,7 @@ def test_every_gamma_is_a_drafter_of_its_own(tiny_pair, data, tmp_path):
     ("arguments", "said"),
     [
         (["--task", "gsm9k"], "'gsm9k' is not known"),
-        (["--task", "gsm8k", "--data", "nowhere"], "nowhere/gsm8k.jsonl"),
+        (["--task", "nowhere/gsm8k.jsonl"], "nowhere/gsm8k.jsonl"),
         (["plain=x"], "'plain' is empty or taken"),
         (["a=ngram", "a=ngram"], "'a' is empty or taken"),
         (["--gamma", "99"], "exceeds the drafter's 5"),
@@ -76,10 +79,10 @@ def test_every_gamma_is_a_drafter_of_its_own(tiny_pair, data, tmp_path):
         (["--temperature", "-1"], "temperature -1"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(tiny_pair, data, tmp_path, capsys, arguments, said):
+def test_mistakes_are_one_line_and_leave_nothing(tiny_pair, tmp_path, capsys, arguments, said):
     out = tmp_path / "result"
     given = [str(tiny_pair.drafter)] if "=" not in arguments[0] else []
-    assert evaluate(*given, *options(tiny_pair, data), "--out", out, *arguments) == 2
+    assert evaluate(*given, *options(tiny_pair), "--out", out, *arguments) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert not out.exists()

@@ -16,8 +16,8 @@ def report(result: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
         f"# Evaluation of {settings['target']}",
         f"{where['device']}; dspark {where['dspark']}, torch {where['torch']}, commit {where['commit']}. "
         f"Temperature {settings['temperature']:g}, top-p {settings['top_p']:g}, up to {settings['max_tokens']} tokens "
-        f"a turn, plan {settings['planner']}, {settings['batch']} conversations at once, medians of {settings['rounds']} "
-        f"rounds in turns.",
+        f"a turn, plan {settings['planner']}, {settings['batch']} conversations at once, medians of "
+        f"{settings['rounds']} rounds in turns.",
         "## Tokens per round, τ",
         by_task(result, "tau", "{:.2f}"),
         "## Speed",

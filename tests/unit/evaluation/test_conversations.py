@@ -30,16 +30,13 @@ def test_answers_are_in_the_next_prompt(core, monkeypatch, template):
     assert left_out == 0 and len(prompts) == len(measured.texts) == 6
     texts = [core.tokenizer.decode(prompt) for prompt in prompts]
     answers = [core.tokenizer.decode(text, skip_special_tokens=True) for text in measured.texts]
-    # three first turns, two second ones, one third
     if template:
         assert texts[1] == "<user>class<assistant>"
         last = f"<user>import<assistant>{answers[2]}<user>os<assistant>{answers[4]}<user>sys<assistant>"
     else:
         assert texts[1] == "class"
         last = f"import{answers[2]}\n\nos{answers[4]}\n\nsys"
-    # bytes that are no characters come back from text as others, so compare what was said as tokens of it
     assert prompts[5] == list(core.tokenizer(last, add_special_tokens=template is None)["input_ids"])
-    assert measured.statistics.rounds == len(measured.records) + (measured.statistics.rounds - len(measured.records))
     assert sum(record.accepted for record in measured.records) == measured.statistics.accepted
 
 

@@ -34,7 +34,8 @@ def result():
     return {"drafters": drafters, "tasks": tasks, "average": average}
 
 
-def test_all_figures(tmp_path):
+def test_all_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "DPI", 60)  # quicker
     files = draw_figures(result(), tmp_path)
     names = ["acceptance_by_position", "threshold_sweep", "reliability", "by_gamma", "by_depth"]
     assert [path.stem for path in files] == names
