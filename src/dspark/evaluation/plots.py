@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dspark.common.errors import UserError
+from dspark.common.extras import require
 from dspark.common.files import replacing_file
 
 Points = Sequence[tuple[float, float]]
@@ -31,10 +31,7 @@ class Panel(NamedTuple):
 
 def check_matplotlib() -> None:
     """Raises UserError, before any work is done, where figures could not be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError("figures need matplotlib; pip install 'dspark[plot]', or pass --no-figures") from error
+    require("matplotlib", "plot")
 
 
 def draw(path: Path, panels: Sequence[Panel], *, title: str = "") -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark.common.errors import UserError
+from dspark.common.extras import require
 from dspark.evaluation.prompts import Turns, read_turns
 
 Row = Mapping[str, Any]
@@ -90,16 +91,10 @@ def load_task(name: str, *, directory: Path | None = None, limit: int | None = N
 
 def rows(name: str, task: Task) -> Iterator[Row]:
     """A set's rows from the hub, in their order, no more downloaded than is read."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise UserError(
-            f"task {name} is on the hub, which needs the package datasets; pip install 'dspark[train]', "
-            f"or pass --data with a directory that has {name}.jsonl"
-        ) from error
+    load = require("datasets", "train").load_dataset
     try:
         for config in task.configs:
-            yield from load_dataset(task.source, config, split=task.split, data_files=task.files, streaming=True)
+            yield from load(task.source, config, split=task.split, data_files=task.files, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:  # datasets' own and the hub's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

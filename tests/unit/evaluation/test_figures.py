@@ -65,6 +65,6 @@ def test_without_matplotlib_one_is_told(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"dspark\[plot\]"):
         plots.check_matplotlib()
-    with pytest.raises(UserError, match="no-figures"):
+    with pytest.raises(UserError, match="matplotlib"):
         draw(tmp_path / "x.png", [Panel("t", "x", "y", {"a": [(0, 1)]})])
     assert not list(tmp_path.iterdir())
