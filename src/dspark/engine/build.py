@@ -11,6 +11,7 @@ from dspark.drafters.base import Drafter
 from dspark.drafters.ngram import NoDraft
 from dspark.drafters.registry import has_tokenizer, load_drafter
 from dspark.engine.config import EngineConfig
+from dspark.engine.pricing import plan_with
 from dspark.engine.profile import Profile
 from dspark.engine.step import EngineCore
 from dspark.models.loading import eos_token_ids, load_tokenizer
