@@ -109,7 +109,6 @@ def run(args: argparse.Namespace, way: str) -> dict[str, Any]:
     features = Given(torch.randn(1, S, TAPS * D), torch.randn(1, S, D), drafter.body.lm_head)
     trained = [p for p in drafter.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=6e-4, fused=True)
-    generator = torch.Generator().manual_seed(0)
 
     def step() -> None:
         found = goal(
@@ -118,7 +117,6 @@ def run(args: argparse.Namespace, way: str) -> dict[str, Any]:
             batch,
             weights=Weights(),
             anchors=args.anchors,
-            generator=generator,
             precision=args.precision,
         )
         found.total.backward()

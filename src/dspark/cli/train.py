@@ -21,8 +21,8 @@ def train(
     """Train a drafter; the same command continues a run that was stopped."""
     from dspark.common.log import quiet_libraries
     from dspark.training.config import load_config
-    from dspark.training.loop import Trainer
+    from dspark.training.loop import train as run
 
     quiet_libraries()
     changes = {"target": target, "train": data, "held_out": held_out, "init": init, "steps": steps, "device": device}
-    Trainer(load_config(recipe, **changes), out).run()
+    run(load_config(recipe, **changes), out)

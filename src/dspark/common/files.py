@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -39,3 +40,14 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def sha256_of(path: str | Path) -> str:
+    """The sum of a file, as `sha256sum` prints it; of a directory, over its files' names and sums."""
+    path = Path(path)
+    if path.is_dir():
+        names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+        listing = "".join(f"{sha256_of(path / name)}  {name}\n" for name in names)
+        return hashlib.sha256(listing.encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DRAFT, ACCEPT, RESIDUAL, COUPLED = 1, 2, 3, 4  # streams: independent numbers for the same seed and counter
+DRAFT, ACCEPT, RESIDUAL, COUPLED, ANCHORS = 1, 2, 3, 4, 5  # streams: independent numbers for the same seed and counter
 
 _Int64 = TypeVar("_Int64", Tensor, np.ndarray)
 

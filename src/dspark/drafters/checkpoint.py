@@ -37,9 +37,9 @@ def flat_name(name: str) -> str:
     return name
 
 
-def flat_state(drafter: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a drafter under the file's names."""
-    return {flat_name(name): tensor for name, tensor in drafter.state_dict().items()}
+def flat_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of a drafter's state under the file's names."""
+    return {flat_name(name): tensor for name, tensor in state.items()}
 
 
 def head_of(head_VD: Tensor) -> nn.Linear:
@@ -193,11 +193,15 @@ def save(
     *,
     dtype: torch.dtype | None = None,
     frozen: bool = True,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the drafter whole or not at all. `frozen=False` leaves out the target's embedding and LM head."""
+    """Write the drafter whole or not at all. `frozen=False` leaves out the target's embedding and LM head.
+
+    `state` stands for the drafter's own, where that is in pieces on several ranks.
+    """
     state = {
         name: tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype, copy=True).contiguous()
-        for name, tensor in flat_state(drafter).items()
+        for name, tensor in flat_state(drafter.state_dict() if state is None else state).items()
         if frozen or name not in FROZEN
     }
     raw = {**config.raw, "dtype": str(next(iter(state.values())).dtype).removeprefix("torch.")}

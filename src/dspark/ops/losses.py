@@ -17,14 +17,20 @@ Head = Callable[[Tensor, Tensor | None], Tensor]
 CHUNK = 1 << 20  # logits of one chunk: 4 MB in float32, so that a pass over them finds most of them in a cache
 FEWEST = 256  # slots of one chunk, whatever the vocabulary: with fewer the heads' weights are read too often
 
+SMALLEST = 1e-30  # a probability that float32 holds
+
 
 class SlotLosses(NamedTuple):
-    """All [...], float32. `acceptance` = Σ min(p, q) carries no gradient: it is a label and a measurement."""
+    """All [...], float32. `acceptance` = Σ min(p, q) and `taken` carry no gradient: they are labels and measurements.
+
+    `taken` = min(1, q(x) / p(x)) for the true token x: given that x was committed, how often it was the draft's.
+    """
 
     cross_entropy: Tensor
     l1: Tensor
     kl: Tensor
     acceptance: Tensor
+    taken: Tensor
 
 
 class Scale(NamedTuple):
@@ -56,7 +62,9 @@ def slot_losses(draft_V: Tensor, target_V: Tensor, label: Tensor, draft_ids_V: T
     if mass is not None:
         l1 = l1 + (1 - mass)
     kl = (log_target_V.exp() * (log_target_V - log_draft_V)).sum(-1)
-    return SlotLosses(cross_entropy, l1, kl, 1 - l1.detach() / 2)
+    share = share_V.gather(-1, label.clamp(min=0)[..., None])[..., 0]
+    taken = (log_draft_V.detach().gather(-1, label.clamp(min=0)[..., None])[..., 0].exp() / share).clamp(max=1)
+    return SlotLosses(cross_entropy, l1, kl, 1 - l1.detach() / 2, taken * (label >= 0))
 
 
 def chunk_losses(
@@ -86,6 +94,8 @@ def chunk_losses(
         p_nV = target_nV.softmax(-1)
     q_nV = log_q_nV.exp_()
     gap_nV = q_nV - (p_nV if mass_n1 is None else p_nV * mass_n1)
+    q_n = q_nV.gather(1, index_n1)[:, 0]
+    taken_n = known_n * (q_n / (q_n - gap_nV.gather(1, index_n1)[:, 0]).clamp(min=SMALLEST)).clamp(max=1)
     sign_nV = gap_nV.sign()
     l1_n = gap_nV.abs_().sum(-1)
     if mass_n1 is not None:
@@ -96,7 +106,7 @@ def chunk_losses(
     if scale.kl:
         gradient_nV.sub_(p_nV, alpha=scale.kl)
     gradient_nV.scatter_add_(1, index_n1, (-scale.cross_entropy * known_n)[:, None])
-    return SlotLosses(cross_entropy_n, l1_n, kl_n, 1 - l1_n / 2), gradient_nV
+    return SlotLosses(cross_entropy_n, l1_n, kl_n, 1 - l1_n / 2, taken_n), gradient_nV
 
 
 @dataclass(frozen=True)

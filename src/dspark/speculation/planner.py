@@ -13,7 +13,7 @@ from typing import Protocol
 
 from dspark.common.errors import UserError
 from dspark.speculation.cost import StepCost
-from dspark.speculation.prices import Prices, Source
+from dspark.speculation.prices import Prices
 from dspark.speculation.round import Array, Outcome, Round, as_array
 from dspark.speculation.scheduled import Greedy, Lagged, Lookahead
 
@@ -109,12 +109,7 @@ _TAKES = {"fixed": "a number of tokens, as in fixed:3", "threshold": "a confiden
 NAMES = "none, full, fixed:N, threshold:C, " + ", ".join(PRICED)
 
 
-def needs_cost(text: str) -> bool:
-    """Whether the planner of this name weighs what a step costs."""
-    return text.partition(":")[0] in PRICED
-
-
-def parse_planner(text: str, cost: StepCost | Source | None = None) -> Planner:
+def parse_planner(text: str, cost: StepCost | None = None) -> Planner:
     """The planner a person names, such as "fixed:3" or "greedy"; else a UserError. Priced ones need the step's cost."""
     name, _, argument = text.partition(":")
     if name not in PLANNERS and name not in PRICED:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dspark.common.rng import ANCHORS, hash64, uniform
 from dspark.drafters.lesson import following
 from dspark.training.data import Batch
 
@@ -26,15 +27,17 @@ def every_anchor(batch: Batch) -> tuple[Tensor, Tensor]:
     return torch.arange(keep_BS.shape[1], device=keep_BS.device).expand(keep_BS.shape), keep_BS
 
 
-def sample_anchors(batch: Batch, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def sample_anchors(batch: Batch, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Up to `count` random eligible positions a row, in order.
 
     Returns (anchor_BA int64, keep_BA bool): where a row has fewer, the rest repeat an eligible place with keep false.
-    `generator` lives on the CPU, so that a run draws the same anchors on every device.
+    A row's anchors are a function of (seed, its first piece): the same on every device, beside any other rows.
     """
     eligible_BS = eligible(batch).cpu()
     count = max(1, min(count, int(eligible_BS.sum(1).max())))  # no more than the richest row has
-    lot_BS = torch.rand(eligible_BS.shape, generator=generator).masked_fill(~eligible_BS, -1.0)
+    first_B1 = torch.tensor([[row[0]] for row in batch.pieces])
+    row_seed_B1 = hash64(torch.full_like(first_B1, seed), first_B1, ANCHORS)
+    lot_BS = uniform(row_seed_B1, torch.arange(eligible_BS.shape[1]), ANCHORS).masked_fill(~eligible_BS, -1.0)
     lot_BA, anchor_BA = lot_BS.topk(count, dim=1)
     keep_BA = lot_BA >= 0
     anchor_BA = torch.where(keep_BA, anchor_BA, anchor_BA[:, :1])

@@ -35,14 +35,14 @@ def goal(
     batch: Batch,
     *,
     weights: Weights,
-    anchors: int,
-    generator: torch.Generator,
+    anchors: int | None,
+    seed: int = 0,
     precision: str = "float32",
 ) -> Objective:
-    """The objective of one batch on the drafter's device. `generator`, on the CPU, draws up to `anchors` a row."""
+    """The objective of one batch on the drafter's device, from up to `anchors` places a row; None for all there are."""
     slots = drafter.lesson_slots
-    chosen = every_anchor(batch) if drafter.every_position else sample_anchors(batch, anchors, generator)
-    anchor_BA, keep_BA = chosen
+    everywhere = drafter.every_position or anchors is None
+    anchor_BA, keep_BA = every_anchor(batch) if everywhere else sample_anchors(batch, anchors or 0, seed)
     label_BAK, mask_BAK = labels(batch, anchor_BA, keep_BA, slots)
     order_BS = torch.arange(batch.token_BS.numel(), device=batch.token_BS.device).view_as(batch.token_BS)
     half = precision == "bfloat16"

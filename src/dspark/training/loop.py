@@ -1,192 +1,271 @@
-"""Trains a block drafter for a frozen target: anchors, three losses, one resumable loop.
+"""Trains a drafter for a frozen target: anchors, losses, one resumable loop.
 
     python -m dspark.training.loop recipes/demo_drafter.yaml --out DIR
+    torchrun --nproc_per_node 8 -m dspark.training.loop recipes/dspark_qwen3_4b.yaml --out DIR
 
-The same command continues a run that was killed. All randomness is a function of (seed, step), so nothing but the
-weights, the optimizer and the step number has to survive. B sequences, S tokens, A anchors, K block slots.
+The same command continues a run that was killed, on any number of ranks. All randomness is a function of (seed, step),
+so nothing but the weights, the optimizer, the step number and what evaluations found has to survive.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from dspark.common.errors import UserError
+from dspark.common.files import sha256_of
 from dspark.drafters.checkpoint import save
 from dspark.drafters.lesson import Trainable
-from dspark.models.loading import load_causal_lm, resolve_device
-from dspark.training.checkpoint import LOG, cut_log, read_state, restore, save_state, trainable, write_run
-from dspark.training.config import TrainConfig, check_resumable, load_config
+from dspark.training.checkpoint import Checkpoints, cut_log, restore, tensors_of, trainable
+from dspark.training.config import TrainConfig, as_plain, check_resumable, load_config
 from dspark.training.data import Documents
 from dspark.training.drafter import create
 from dspark.training.features import OnlineTarget, Remembered
 from dspark.training.forward import goal
-from dspark.training.metrics import Sums, combine, measure, readable
+from dspark.training.gradients import Gradients, Replicated, Sharded
+from dspark.training.metrics import Sums, combine, measure, predicted, readable, walk
 from dspark.training.objectives import Objective
-from dspark.training.optimizer import Optimizers, build_optimizers
+from dspark.training.optimizer import learning_rate, optimizers_of, whole
+from dspark.training.report import Report, reporting, write_run
+from dspark.training.sharding import Ranks, joined, load_target, shard_drafter, shard_target
 
-EVALUATION_SEED = 1 << 40  # far from any training step's
-
-
-class Part(NamedTuple):
-    """One micro-batch's share of a step."""
-
-    gradients: tuple[Tensor, ...]
-    goal: Objective
+Job = Sequence[int]
+"""The numbers of a micro-batch's pieces."""
 
 
 class Trainer:
     """One run: target, drafter, data, optimizers, and the directory they are kept in."""
 
-    def __init__(self, config: TrainConfig, out: Path) -> None:
+    def __init__(self, config: TrainConfig, out: Path, ranks: Ranks | None = None) -> None:
         self.config, self.out, self.step_number = config, out, 0
-        self.device = resolve_device(config.device)
-        model = load_causal_lm(config.target, dtype=config.precision, device=str(self.device))
+        self.ranks = ranks or Ranks.alone(config.device)
+        self.best: dict[str, float] = {}  # step and τ of the best evaluation
+        self.stale = 0  # evaluations since then
+        self.train_data, self.held_out = (Documents(path, config.length) for path in (config.train, config.held_out))
+        passes = config.epochs * len(self.train_data) / config.batch
+        self.steps = math.ceil(passes) if config.epochs else config.steps
+        check_share(config, self.ranks)
+        self.build()
+        sums = {name: sha256_of(getattr(config, name)) for name in ("train", "held_out")} if self.ranks.first else {}
+        self.data_sums = self.ranks.share(sums)[0]
+        self.checkpoints = Checkpoints(out, self.ranks, config.keep)
+        self.resume()
+        write_run(out, config, self.ranks, data=self.data_sums, begin=self.step_number)
+
+    def build(self) -> None:
+        """Target, drafter, what makes gradients, and the optimizers."""
+        config, ranks = self.config, self.ranks
+        model = load_target(config.target, config.precision, ranks)
         self.drafter, self.drafter_config = create(
             model, config.drafter, anchors=config.anchors, seed=config.seed, init=config.init, start=config.start
         )
         self.target = OnlineTarget(model, self.drafter.taps)
         self.remembered = Remembered(self.target) if config.remember_features else None
-        self.train_data = Documents(config.train, config.length)
-        self.held_out = Documents(config.held_out, config.length)
+        if config.shard_target and ranks.size > 1:
+            shard_target(model, ranks)
+        sharded = config.shard_drafter and ranks.size > 1
+        if sharded:
+            shard_drafter(self.drafter, ranks)
         self.parameters = [p for p in self.drafter.parameters() if p.requires_grad]
+        # shards are gathered by hooks, in the same order on all ranks
+        one_by_one = ranks.device.type != "cpu" or (config.shard_target and ranks.size > 1)
+        self.gradients: Gradients = (
+            Sharded(self.drafter, self.parameters, ranks)
+            if sharded
+            else Replicated(self.parameters, ranks, 1 if one_by_one else config.threads)
+        )
         self.optimizers = optimizers_of(self.drafter, config)
-        # On the CPU one micro-batch runs per thread: no barrier inside an operation, so that a busy neighbour
-        # delays one micro-batch and not every matrix product.
-        workers = config.threads if self.device.type == "cpu" else 1
-        self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-        out.mkdir(parents=True, exist_ok=True)
-        state = read_state(out)
-        if state is not None:
-            check_resumable(config, state["config"])
-            self.step_number = restore(state, self.drafter, self.optimizers)
-            cut_log(out, self.step_number)
-        write_run(out, config)
+        self.average = {n: t.clone() for n, t in trainable(self.drafter).items()} if config.ema else {}
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint, where there is one."""
+        found = self.checkpoints.newest()
+        if found is None:
+            return
+        path, state = found
+        check_resumable(self.config, state["config"])
+        for name, value in self.data_sums.items():
+            if state["data"][name] != value:
+                raise UserError(
+                    f"the {name} data is not what the run was started with; restore it, or pass another --out"
+                )
+        tensors = tensors_of(self.drafter, self.optimizers, self.average)
+        self.checkpoints.load(path, tensors)
+        restore(tensors, self.drafter, self.optimizers)
+        self.step_number, self.best, self.stale = state["step"], state["best"], state["stale"]
+        if self.ranks.first:
+            cut_log(self.out, self.step_number)
+
+    @property
+    def finished(self) -> bool:
+        """After the last step, or where evaluations stopped getting better."""
+        patience = self.config.patience
+        return self.step_number >= self.steps or (patience > 0 and self.stale >= patience)
 
     def run(self) -> None:
-        """Train to the last step. A loss that is no number ends the run and keeps the last good state."""
-        config, steps, seconds = self.config, [], 0.0
-        while self.step_number < config.steps:
-            started = time.monotonic()
-            steps.append(self.step())
-            seconds += time.monotonic() - started
-            if self.due(config.log_every):
-                speed = float(sum(step["tokens"] for step in steps)) / seconds
-                factor = self.factor(self.step_number - 1)
-                self.log({**readable(combine(steps)), "lr_factor": factor, "tokens_per_s": round(speed)})
-                steps, seconds = [], 0.0
-            if self.due(config.save_every):
-                self.save()
-            if self.due(config.evaluate_every):
-                self.log({"evaluation": True, **self.evaluate()})
+        """Train to the end. A loss that is no number ends the run and keeps the last good state."""
+        with reporting(self.config, self.out, self.ranks, begin=self.step_number, steps=self.steps) as report:
+            window: list[Sums] = []
+            seconds = 0.0
+            while not self.finished:
+                started = time.monotonic()
+                window.append(self.step())
+                seconds += time.monotonic() - started
+                report.advance(self.step_number)
+                if self.due(self.config.log_every):
+                    self.log_window(report, window, seconds)
+                    window, seconds = [], 0.0
+                if self.due(self.config.evaluate_every):
+                    report.line(self.step_number, {"evaluation": True, **self.judge()})
+                if self.due(self.config.save_every) or self.finished:
+                    self.save()
 
     def due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is done now."""
-        return self.step_number % every == 0 or self.step_number == self.config.steps
+        return self.step_number % every == 0 or self.step_number == self.steps
+
+    def log_window(self, report: Report, window: list[Sums], seconds: float) -> None:
+        """One line over the steps since the last one."""
+        sums = combine(window)
+        norm = float(sums.pop("gradient_norm")) / len(window)
+        factor = learning_rate(self.step_number - 1, self.steps, self.config.warmup)
+        extra = {"gradient_norm": norm, "lr_factor": factor, "tokens_per_s": round(float(sums["tokens"]) / seconds)}
+        report.line(self.step_number, {**readable(sums), **extra})
 
     def step(self) -> Sums:
-        """One optimizer step; returns what it measured, still on the device."""
+        """One optimizer step; returns what it measured over all ranks, still on the device."""
         config = self.config
         numbers = self.train_data.numbers(self.step_number, config.batch, config.seed)
-        parts = list(self.parts(self.train_data, numbers, self.step_number, self.part))
-        loss = float(torch.stack([part.goal.total.detach() for part in parts]).mean())
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {self.step_number + 1}; {self.out} keeps the last good state, "
-                "restart with a lower lr and another --out"
-            )
-        for parameter, *gradients in zip(self.parameters, *(part.gradients for part in parts), strict=True):
-            parameter.grad = torch.stack(gradients).mean(0)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
-        self.optimizers.set_factor(self.factor(self.step_number))
+        goals = self.gradients(self.goal_of(self.train_data, self.step_number), self.share(numbers))
+        sums = measure(goals)
+        self.ranks.sum_(sums.values())
+        weight = sums["weight"].clamp(min=1e-8)
+        for parameter in self.parameters:
+            parameter.grad.div_(weight)  # type: ignore[union-attr]
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, config.clip))
+        self.check_finite("loss", sums["total"] / weight)
+        self.check_finite("gradient's norm", norm)
+        self.optimizers.set_factor(learning_rate(self.step_number, self.steps, config.warmup))
         self.optimizers.step()
+        for name, tensor in self.average.items():
+            tensor.lerp_(trainable(self.drafter)[name], 1 - config.ema)
         self.step_number += 1
         tokens = sum(self.train_data.size(number) for number in numbers)
-        return measure([part.goal for part in parts]) | {"tokens": torch.tensor(tokens), "gradient_norm": norm}
+        return sums | {"tokens": torch.tensor(tokens), "gradient_norm": norm.detach()}
 
-    def parts(self, data: Documents, numbers: list[int], seed: int, work: Any) -> Iterator[Any]:
-        """`work` on every micro-batch, in order; anchors are drawn from (seed, place in the step)."""
+    def check_finite(self, what: str, value: Tensor) -> None:
+        """Raises UserError, on every rank, for what is no number."""
+        if not math.isfinite(float(value)):
+            raise UserError(
+                f"the {what} is {float(value)} at step {self.step_number + 1}; {self.out} keeps the last good state, "
+                "restart with a lower lr and another --out"
+            )
+
+    def share(self, numbers: Sequence[int]) -> list[Job]:
+        """This rank's micro-batches."""
         size = self.config.micro_batch
-        jobs = [
-            (data, numbers[i : i + size], torch.Generator().manual_seed(self.config.seed + seed * 1009 + i))
-            for i in range(0, len(numbers), size)
-        ]
-        return self.pool.map(lambda job: work(*job), jobs)
+        parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
+        return parts[self.ranks.rank :: self.ranks.size]
 
-    def part(self, data: Documents, numbers: list[int], generator: torch.Generator) -> Part:
-        """Loss and gradients of one micro-batch."""
-        goal = self.goal(data, numbers, generator)
-        return Part(torch.autograd.grad(goal.total, self.parameters), goal)
-
-    def goal(self, data: Documents, numbers: list[int], generator: torch.Generator) -> Objective:
-        """The objective of one micro-batch."""
+    def goal_of(self, data: Documents, step: int, *, everywhere: bool = False) -> Callable[[Job], Objective]:
+        """The objective of a micro-batch as a function of its pieces; anchors are drawn from (seed, step, piece)."""
         config = self.config
         source = self.remembered if self.remembered and data is self.train_data else self.target
-        return goal(
-            cast(Trainable, self.drafter),
-            source,
-            data.batch(numbers).to(self.device),
-            weights=config.loss,
-            anchors=config.anchors,
-            generator=generator,
-            precision=config.precision,
-        )
 
-    @torch.no_grad()
+        def objective_of(job: Job) -> Objective:
+            batch = data.batch(job).to(self.ranks.device)
+            drafter, seed = cast(Trainable, self.drafter), config.seed + step * 1_000_003
+            options: dict[str, Any] = {"weights": config.loss, "precision": config.precision}
+            return goal(drafter, source, batch, anchors=None if everywhere else config.anchors, seed=seed, **options)
+
+        return objective_of
+
+    def judge(self) -> dict[str, Any]:
+        """Evaluate, and keep the drafter apart where it is the best so far."""
+        with self.averaged():
+            found = self.evaluate()
+            if found["tau"] > self.best.get("tau", 0.0):
+                self.best, self.stale = {"step": self.step_number, "tau": found["tau"]}, 0
+                self.export(self.out / "best")
+            else:
+                self.stale += 1
+        return found
+
     def evaluate(self) -> dict[str, Any]:
-        """Predicted acceptance by position on held-out text, Σ min(p, q), and the τ it implies.
-
-        The prefix of a slot is the target's own text, as after acceptance; a block's τ is 1 + Σ_k Π_{j≤k} c*_j.
-        """
+        """Losses on held-out text, and the τ and acceptance by position that the engine would measure (`walk`)."""
         count = min(self.config.evaluate_sequences, len(self.held_out))
         spread = [i * len(self.held_out) // count for i in range(count)]
+        size, ranks = self.config.micro_batch, self.ranks
+        jobs = [spread[i : i + size] for i in range(0, count, size)]
+        places = range(ranks.rank, len(jobs) + -len(jobs) % ranks.size, ranks.size)  # as many on every rank
+        objective_of = self.goal_of(self.held_out, 0, everywhere=True)
+
+        def both(job: Job) -> Sums:
+            found = objective_of(job)
+            steps = walk(self.held_out.batch(job), found.taken_BAK.cpu())
+            return measure([found]) | {f"walk_{name}": x.to(ranks.device) for name, x in steps.items()}
+
         self.drafter.eval()
-        goals = list(self.parts(self.held_out, spread, EVALUATION_SEED, self.goal))
+        parts = self.gradients.values(both, [jobs[place % len(jobs)] for place in places])
         self.drafter.train()
-        return readable(measure(goals))
+        counted = [
+            {name: x * (place < len(jobs)) for name, x in part.items()}
+            for part, place in zip(parts, places, strict=True)
+        ]
+        sums = combine(counted)
+        ranks.sum_(sums.values())
+        walked = {name.removeprefix("walk_"): sums.pop(name) for name in list(sums) if name.startswith("walk_")}
+        return {**readable(sums), **predicted(walked)}
 
-    def factor(self, step: int) -> float:
-        """Linear warm-up, then a cosine to zero."""
-        warm = max(1, round(self.config.warmup * self.config.steps))
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.config.steps - warm)))
-
-    def log(self, line: dict[str, Any]) -> None:
-        """One line of JSON, on disk and on the screen."""
-        line = {"step": self.step_number, "time": time.strftime("%H:%M:%S"), **line}
-        text = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()})
-        with (self.out / LOG).open("a", encoding="utf-8") as log:
-            log.write(text + "\n")
-        print(text, flush=True)
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While the context is open the drafter has its weights' moving average, where there is one."""
+        own = {name: tensor.clone() for name, tensor in trainable(self.drafter).items()} if self.average else {}
+        for name, tensor in self.average.items():
+            trainable(self.drafter)[name].copy_(tensor)
+        try:
+            yield
+        finally:
+            for name, tensor in own.items():
+                trainable(self.drafter)[name].copy_(tensor)
 
     def save(self) -> None:
-        """State and export, each replaced whole."""
-        if not all(bool(tensor.isfinite().all()) for tensor in trainable(self.drafter).values()):
-            raise UserError(f"a weight is no number at step {self.step_number}; {self.out} keeps the last good state")
-        save_state(self.out, self.step_number, self.drafter, self.optimizers, self.config)
-        kind = getattr(torch, self.config.export_dtype)
-        save(self.drafter, self.drafter_config, self.out / "export", dtype=kind, frozen=self.config.export_frozen)
+        """Checkpoint and export, each replaced whole."""
+        for name, tensor in trainable(self.drafter).items():
+            self.check_finite(f"sum of {name}", whole(tensor.sum()))
+        state = {"best": self.best, "stale": self.stale, "data": self.data_sums, "config": as_plain(self.config)}
+        tensors = tensors_of(self.drafter, self.optimizers, self.average)
+        self.checkpoints.save(self.step_number, tensors, state)
+        with self.averaged():
+            self.export(self.out / "export")
+
+    def export(self, directory: Path) -> None:
+        """The drafter as the engine loads it."""
+        config = self.config
+        kind = getattr(torch, config.export_dtype)
+        state = {name: whole(tensor) for name, tensor in self.drafter.state_dict().items()}
+        with self.checkpoints.together(f"cannot write {directory}"):
+            if self.ranks.first:
+                options: dict[str, Any] = {"dtype": kind, "frozen": config.export_frozen, "state": state}
+                save(self.drafter, self.drafter_config, directory, **options)
 
 
-def optimizers_of(drafter: torch.nn.Module, config: TrainConfig) -> Optimizers:
-    """AdamW for all, or Muon for the backbone's matrices and AdamW for heads, embeddings and vectors."""
-    if config.optimizer == "muon":
-        heads = ("markov_w2", "confidence_head")
-        decay = config.weight_decay
-        return build_optimizers(drafter, muon_lr=config.muon_lr, adam_lr=config.lr, weight_decay=decay, exclude=heads)
-    parameters = [p for p in drafter.parameters() if p.requires_grad]
-    return Optimizers(None, torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay))
+def check_share(config: TrainConfig, ranks: Ranks) -> None:
+    """Raises UserError where a step cannot be dealt evenly."""
+    if config.batch % (config.micro_batch * ranks.size):
+        raise UserError(
+            f"batch {config.batch} is no multiple of micro_batch {config.micro_batch} times {ranks.size} ranks; "
+            "make it one"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -200,11 +279,17 @@ def main(argv: list[str] | None = None) -> int:
     arguments = vars(parser.parse_args(argv))
     recipe, out = arguments.pop("recipe"), arguments.pop("out")
     try:
-        Trainer(load_config(recipe, **arguments), out).run()
+        train(load_config(recipe, **arguments), out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def train(config: TrainConfig, out: Path) -> None:
+    """Train as one rank of as many as `torchrun` started, or alone."""
+    with joined(config.device) as ranks:
+        Trainer(config, out, ranks).run()
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ class Objective:
     confidence: Tensor
     weight: Tensor  # Σ of the slots' weights
     acceptance_BAK: Tensor  # Σ_v min(p, q), 0 where nothing counts
+    taken_BAK: Tensor  # min(1, q(x) / p(x)) of the true tokens, 0 where nothing counts
     mask_BAK: Tensor
 
 
@@ -95,6 +96,10 @@ def objective(
         confidence = weighted_mean(each_N, weight_N)
         total = total + weights.confidence * confidence
     means = SlotLosses(*(weighted_mean(x_N, weight_N) for x_N in losses))
+    acceptance_BAK, taken_BAK = (
+        torch.zeros_like(weight_BAK).masked_scatter(mask_BAK, x_N.to(weight_BAK.dtype))
+        for x_N in (losses.acceptance, losses.taken)
+    )
     return Objective(
         total=total,
         cross_entropy=means.cross_entropy,
@@ -102,7 +107,8 @@ def objective(
         kl=means.kl,
         confidence=confidence.detach(),
         weight=total_weight,
-        acceptance_BAK=torch.zeros_like(weight_BAK).masked_scatter(mask_BAK, losses.acceptance.to(weight_BAK.dtype)),
+        acceptance_BAK=acceptance_BAK,
+        taken_BAK=taken_BAK,
         mask_BAK=mask_BAK,
     )
 

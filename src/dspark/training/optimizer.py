@@ -1,13 +1,17 @@
-"""Muon for weight matrices, AdamW for everything else, and one learning-rate factor over both."""
+"""AdamW, or Muon for weight matrices and AdamW for everything else, and one learning-rate factor over both."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dspark.training.config import TrainConfig
 
 # The quintic of Jordan et al. 2024 ("Muon"): steep at 0, so five steps bring all singular values into about [0.7, 1.2].
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -59,13 +63,13 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
             for shape, same in by_shape.items():
-                direction_NOI = torch.stack([self._nesterov(parameter, group["momentum"]) for parameter in same])
+                direction_NOI = torch.stack([whole(self._nesterov(parameter, group["momentum"])) for parameter in same])
                 update_NOI = orthogonalise(direction_NOI, steps=group["steps"])
                 # A tall matrix of orthonormal columns changes its outputs less than a square one; this evens it out.
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
                 for parameter, update in zip(same, update_NOI.unbind(), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
+                    parameter.add_(like(parameter, update.to(parameter.dtype)), alpha=-group["lr"] * scale)
         return loss
 
     def _nesterov(self, parameter: nn.Parameter, momentum: float) -> Tensor:
@@ -76,6 +80,26 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(gradient)
         state["momentum"].lerp_(gradient, 1 - momentum)
         return gradient.lerp(state["momentum"], momentum)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all ranks; any other one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor, the same on all ranks, cut up as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def learning_rate(step: int, steps: int, warmup: float) -> float:
+    """The factor of a step: a linear warm-up over that share of the steps, then a cosine to zero."""
+    warm = max(1, round(warmup * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 class Optimizers:
@@ -130,3 +154,14 @@ def build_optimizers(
     muon = Muon(matrices, muon_lr, weight_decay=weight_decay) if matrices else None
     adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0) if others else None
     return Optimizers(muon, adam)
+
+
+def optimizers_of(drafter: nn.Module, config: TrainConfig) -> Optimizers:
+    """AdamW for all, or Muon for the backbone's matrices and AdamW for heads, embeddings and vectors."""
+    if config.optimizer == "muon":
+        heads = ("markov_w2", "confidence_head")
+        decay = config.weight_decay
+        return build_optimizers(drafter, muon_lr=config.muon_lr, adam_lr=config.lr, weight_decay=decay, exclude=heads)
+    parameters = [p for p in drafter.parameters() if p.requires_grad]
+    decay = config.weight_decay
+    return Optimizers(None, torch.optim.AdamW(parameters, lr=config.lr, weight_decay=decay, fused=True))

@@ -1,7 +1,7 @@
 """Anchors stand where drafting starts in supervised text; labels stop at the first unsupervised token."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark.training.anchors import every_anchor, labels, sample_anchors
@@ -11,14 +11,16 @@ from dspark.training.data import Batch
 def batch_of(mask_BS, token_BS=None, start_BS=None):
     mask_BS = torch.as_tensor(mask_BS).bool()
     zeros_BS = torch.zeros(mask_BS.shape, dtype=torch.long)
+    pieces = tuple((row,) for row in range(len(mask_BS)))
     return Batch(
-        zeros_BS if token_BS is None else token_BS, mask_BS, zeros_BS if start_BS is None else start_BS, ((0,),)
+        zeros_BS if token_BS is None else token_BS, mask_BS, zeros_BS if start_BS is None else start_BS, pieces
     )
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=4), st.integers(1, 12))
 def test_every_kept_anchor_is_eligible_and_none_twice(rows, count):
-    anchor_BA, keep_BA = sample_anchors(batch_of(rows), count, torch.Generator().manual_seed(0))
+    anchor_BA, keep_BA = sample_anchors(batch_of(rows), count, 0)
     for mask, anchors, keep in zip(rows, anchor_BA.tolist(), keep_BA.tolist(), strict=True):
         eligible = {i for i in range(8) if mask[i] and mask[i + 1]}
         kept = [a for a, k in zip(anchors, keep, strict=True) if k]
@@ -30,7 +32,7 @@ def test_every_kept_anchor_is_eligible_and_none_twice(rows, count):
 
 def test_every_eligible_position_is_drawn_as_often():
     mask_BS = torch.tensor([[1, 1, 1, 0, 1, 1]]).expand(4000, 6)
-    anchor_BA, keep_BA = sample_anchors(batch_of(mask_BS), 1, torch.Generator().manual_seed(0))
+    anchor_BA, keep_BA = sample_anchors(batch_of(mask_BS), 1, 0)
     assert keep_BA.all()
     share = torch.bincount(anchor_BA.flatten(), minlength=6) / 4000
     torch.testing.assert_close(share, torch.tensor([1, 1, 0, 0, 1, 0]) / 3, atol=0.03, rtol=0)
@@ -49,7 +51,7 @@ def test_labels_stop_at_the_first_unsupervised_token_and_at_the_end():
 def test_no_anchor_and_no_label_crosses_into_another_document():
     start_BS = torch.tensor([[0, 0, 0, 3, 3, 3, 3, 7]])
     batch = batch_of(torch.ones(1, 8), torch.arange(8)[None], start_BS)
-    anchor_BA, keep_BA = sample_anchors(batch, 8, torch.Generator().manual_seed(0))
+    anchor_BA, keep_BA = sample_anchors(batch, 8, 0)
     assert anchor_BA[keep_BA].tolist() == [0, 1, 3, 4, 5]
     label_BAK, mask_BAK = labels(batch, anchor_BA, keep_BA, 3)
     assert [label_BAK[0, a][mask_BAK[0, a]].tolist() for a in range(5)] == [[1, 2], [2], [4, 5, 6], [5, 6], [6]]
