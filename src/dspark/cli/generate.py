@@ -65,8 +65,7 @@ def generate(
     from dspark.engine.llm import LLM
 
     quiet_libraries()
-    options = {} if max_draft is None else {"max_draft": max_draft}
-    llm = LLM(target, drafter, planner, dtype=dtype, device=device, max_running=1, compile=compile, **options)
+    llm = LLM(target, drafter, planner, dtype=dtype, device=device, max_running=1, compile=compile, max_draft=max_draft)
     with seconds_of(Console(stderr=True), "compiling the forwards, once for this machine") as tick:
         llm.core.wait_compiled(tick)
     freeze_startup()
