@@ -10,13 +10,14 @@ from dspark.common.sampling_params import SamplingParams
 from dspark.drafters.checkpoint import build
 from dspark.drafters.config import parse
 from dspark.drafters.draft_model import DraftModel
+from dspark.drafters.layer_skip import LayerSkip
 from dspark.drafters.ngram import NGram, NoDraft
 from dspark.engine.config import EngineConfig
 from dspark.engine.step import EngineCore
 from dspark.models.target import ATTENTION, Target
 
 VOCABULARY, HIDDEN, LAYERS, CONTEXT = 61, 32, 2, 128
-DRAFTERS = ("dspark", "dflash", "draft_model", "ngram", "none")
+DRAFTERS = ("dspark", "dflash", "eagle3", "mtp", "medusa", "layer_skip", "draft_model", "ngram", "none")
 
 
 def config(**changes):
@@ -62,8 +63,31 @@ def target():
     return ours(plain_model())
 
 
-def block_drafter(**changes):
-    """An untrained DSpark or DFlash around the target's embedding and LM head."""
+ONE_LAYER = {"target_layer_ids": [LAYERS - 1]}
+SHAPES = {
+    "dspark": {},
+    "dflash": {"markov_rank": 0, "enable_confidence_head": False},
+    "eagle3": {"architectures": ["Qwen3Eagle3Model"], "ttt_length": 4},
+    "mtp": ONE_LAYER
+    | {
+        "architectures": ["Qwen3MTPModel"],
+        "num_nextn_predict_layers": 2,
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention"] * 2,
+    },
+    "medusa": ONE_LAYER
+    | {
+        "architectures": ["MedusaModel"],
+        "medusa_num_heads": 3,
+        "medusa_num_layers": 1,
+        "medusa_own_heads": False,
+    },
+    "layer_skip": {"architectures": ["LayerSkipModel"], "block_size": 4, "target_layer_ids": [0]},
+}
+
+
+def trained(kind):
+    """An untrained drafter around the target's embedding and LM head."""
     fields = config(num_hidden_layers=1).to_dict() | {
         "architectures": ["Qwen3DSparkModel"],
         "num_target_layers": LAYERS,
@@ -76,7 +100,7 @@ def block_drafter(**changes):
         "markov_head_type": "vanilla",
     }
     torch.manual_seed(2)
-    drafter = build(parse(fields | changes, "config.json"), target().embedding_VD, target().head).eval().double()
+    drafter = build(parse(fields | SHAPES[kind], "config.json"), target().embedding_VD, target().head).eval().double()
     for parameter in drafter.parameters():
         if parameter.requires_grad and parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -85,10 +109,10 @@ def block_drafter(**changes):
 
 def drafter(kind):
     """A fresh drafter: `draft_model` is the target blurred, so that much of what it drafts is accepted."""
-    if kind == "dspark":
-        return block_drafter()
-    if kind == "dflash":
-        return block_drafter(markov_rank=0, enable_confidence_head=False)
+    if kind == "layer_skip":
+        return LayerSkip(target(), trained(kind))
+    if kind in SHAPES:
+        return trained(kind)
     if kind == "draft_model":
         return DraftModel(ours(plain_model(), noise=0.02), VOCABULARY, block_size=4)
     if kind == "ngram":

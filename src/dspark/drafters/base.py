@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
+from dspark.models.pages import KVPool
 from dspark.ops.chain import Tempered
 
 
@@ -84,4 +85,13 @@ class Drafter(Protocol):
 
     def propose(self, context: DraftContext) -> Draft:
         """Draft `context.slots` tokens after each anchor."""
+        ...
+
+
+@runtime_checkable
+class SharesPages(Protocol):
+    """A drafter whose keys and values of committed tokens are the target's own, in the target's pool."""
+
+    def share(self, pool: KVPool) -> None:
+        """Called in place of `allocate`: read the target's pages, and write past the committed text alone."""
         ...

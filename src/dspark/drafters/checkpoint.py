@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,29 @@ from dspark.drafters.dflash import DFlash
 from dspark.drafters.dspark import DSpark
 from dspark.drafters.eagle3 import Eagle3
 from dspark.drafters.heads import MARKOV_HEADS, ConfidenceHead
+from dspark.drafters.layer_skip import ExitHead
 from dspark.drafters.layers import RotaryEmbedding
+from dspark.drafters.medusa import Medusa
+from dspark.drafters.mtp import MTP
 from dspark.drafters.vocab import TargetParts, check_fit
 
-FROZEN = ("embed_tokens.weight", "lm_head.weight")
-SHARED = ("embed_tokens.", "lm_head.")
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 PREFIXES = ("body.backbone.", "body.")  # our joined parts; the file's names are flat
-DrafterModule = DSpark | DFlash | Eagle3
+DrafterModule = DSpark | DFlash | Eagle3 | MTP | Medusa | ExitHead
+
+
+def borrowed(config: DrafterConfig) -> tuple[str, ...]:
+    """The file's names of the target's own tensors in a drafter: shared with the target, and frozen."""
+    if config.kind == "medusa":
+        return () if config.medusa_own_heads else (HEAD,)
+    if config.kind == "layer_skip":
+        return (HEAD,)
+    return (EMBEDDING,) if config.draft_vocab_size else (EMBEDDING, HEAD)
+
+
+def is_borrowed(name: str, config: DrafterConfig) -> bool:
+    """Whether a parameter or buffer of a drafter is the target's; a head packed for a kernel has other names."""
+    return flat_name(name).startswith(tuple(owned.removesuffix("weight") for owned in borrowed(config)))
 
 
 def flat_name(name: str) -> str:
@@ -52,27 +68,38 @@ def head_of(head_VD: Tensor) -> nn.Linear:
 
 def build(config: DrafterConfig, embedding_VD: Tensor, lm_head: nn.Module, *, markov_top_k: int = 0) -> DrafterModule:
     """An untrained drafter around the target's embedding and LM head, which are shared and frozen."""
+    shape, taps, slots = config.backbone, config.taps, config.block_size
+    if config.kind == "medusa":
+        own = config.vocab_size if config.medusa_own_heads else 0
+        return Medusa(shape, lm_head, taps=taps, block_size=slots, layers=config.medusa_layers, own_heads=own)
+    if config.kind == "layer_skip":
+        return ExitHead(shape, lm_head, taps=taps, block_size=slots)
     embed_tokens = nn.Embedding.from_pretrained(embedding_VD, freeze=True)
+    if config.kind == "mtp":
+        return MTP(shape, embed_tokens, lm_head, taps=taps)
     if config.kind == "eagle3":
-        return Eagle3(config.backbone, embed_tokens, lm_head, taps=config.taps, block_size=config.block_size)
+        own = config.draft_vocab_size or 0
+        if own:
+            lm_head = nn.Linear(shape.hidden_size, own, bias=False)
+        return Eagle3(shape, embed_tokens, lm_head, taps=taps, block_size=slots, draft_vocabulary=own)
     body = Body(
-        Backbone(config.backbone),
+        Backbone(shape),
         embed_tokens,
         lm_head,
         mask_token_id=config.mask_token_id,
         sample_from_anchor=config.sample_from_anchor,
     )
     if config.kind == "dflash":
-        return DFlash(body, taps=config.taps, block_size=config.block_size)
+        return DFlash(body, taps=taps, block_size=slots)
     if not config.markov_rank:
         raise UserError("markov_rank is 0 with enable_confidence_head true; give the drafter a Markov head or neither")
-    hidden, rank = config.backbone.hidden_size, config.markov_rank
+    hidden, rank = shape.hidden_size, config.markov_rank
     return DSpark(
         body,
         MARKOV_HEADS[config.markov_head_type](config.vocab_size, rank, hidden),
         ConfidenceHead(hidden, config.confidence_rank) if config.enable_confidence_head else None,
-        taps=config.taps,
-        block_size=config.block_size,
+        taps=taps,
+        block_size=slots,
         markov_top_k=markov_top_k,
     )
 
@@ -129,28 +156,37 @@ def load(
     """
     config, tensors = parse(read_config(directory), f"{directory}/config.json"), read_tensors(directory)
     config = resolve_confidence(config, tensors)
+    shared = borrowed(config)
     if target is not None:
         check_fit(config, target, str(directory))
-        for name in FROZEN:
+        for name in shared:
             check_shape(name, tensors.pop(name, target.embedding_VD), target.embedding_VD, directory)
         embedding_VD, head = target.embedding_VD, target.head
     else:
-        missing = [name for name in FROZEN if name not in tensors]
+        missing = [name for name in shared if name not in tensors]
         if missing:
             raise UserError(f"{directory} has no {missing[0]}; load the drafter beside its target")
-        embedding_VD, head_VD = (tensors.pop(name).to(device=device, dtype=dtype) for name in FROZEN)
-        head = head_of(head_VD)
+        own = {name: tensors.pop(name).to(device=device, dtype=dtype) for name in shared}
+        like = next(iter((own or tensors).values()))
+        embedding_VD, head = own.get(EMBEDDING, like), head_of(own[HEAD]) if HEAD in own else nn.Identity()
     with torch.device("meta"):
         drafter = build(config, embedding_VD, head, markov_top_k=markov_top_k)
-    fill(drafter, tensors, directory, dtype or embedding_VD.dtype, device or embedding_VD.device)
+    names = [name for name in drafter.state_dict() if not is_borrowed(name, config)]
+    fill(drafter, names, tensors, directory, dtype or embedding_VD.dtype, device or embedding_VD.device)
     return drafter.eval(), config
 
 
 def fill(
-    drafter: nn.Module, tensors: Mapping[str, Tensor], directory: str | Path, dtype: torch.dtype, device: torch.device
+    drafter: nn.Module,
+    names: Sequence[str],
+    tensors: Mapping[str, Tensor],
+    directory: str | Path,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
-    """Give every trainable parameter its tensor. Raises UserError for a missing, surplus or wrongly shaped one."""
-    wanted = {name: tensor for name, tensor in drafter.state_dict().items() if not flat_name(name).startswith(SHARED)}
+    """Give every tensor of `names` its value. Raises UserError for a missing, surplus or wrongly shaped one."""
+    everything = drafter.state_dict()
+    wanted = {name: everything[name] for name in names}
     surplus = sorted(set(tensors) - {flat_name(name) for name in wanted})
     if surplus:
         raise UserError(
@@ -161,7 +197,7 @@ def fill(
         if flat_name(name) not in tensors:
             raise UserError(f"{directory} lacks {flat_name(name)} {list(like.shape)}; the checkpoint is incomplete")
         check_shape(flat_name(name), tensors[flat_name(name)], like, directory)
-        state[name] = tensors[flat_name(name)].to(dtype=dtype, device=device)
+        state[name] = tensors[flat_name(name)].to(dtype=number_type(like, dtype), device=device)
     drafter.load_state_dict(state, strict=False, assign=True)
     for module in drafter.modules():
         if isinstance(module, RotaryEmbedding):
@@ -200,12 +236,18 @@ def save(
     `state` stands for the drafter's own, where that is in pieces on several ranks.
     """
     state = {
-        name: tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype, copy=True).contiguous()
+        name: tensor.detach().to(device="cpu", dtype=number_type(tensor, dtype), copy=True).contiguous()
         for name, tensor in flat_state(drafter.state_dict() if state is None else state).items()
-        if frozen or name not in FROZEN
+        if frozen or name not in borrowed(config)
     }
-    raw = {**config.raw, "dtype": str(next(iter(state.values())).dtype).removeprefix("torch.")}
+    numbers = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    raw = {**config.raw, "dtype": str(numbers).removeprefix("torch.")}
     with replacing_directory(directory) as fresh:
         save_file(state, fresh / "model.safetensors", metadata={"format": "pt"})
         (fresh / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
         (fresh / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def number_type(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """`dtype` for weights; ids and masks keep their own."""
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype

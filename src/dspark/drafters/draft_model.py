@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dspark.drafters.base import Draft, DraftContext
-from dspark.drafters.body import certainty
+from dspark.drafters.drawing import Drawing
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
-from dspark.models.pages import SCRATCH_PAGE, KVPool
+from dspark.models.pages import SCRATCH_PAGE, KVPool, slots_at
 from dspark.models.target import Target
 
 
@@ -48,25 +48,20 @@ class DraftModel:
         spare = -(-context.slots // self.pool.page_size)
         table_RP = torch.nn.functional.pad(context.page_table_RP, (0, spare), value=SCRATCH_PAGE)
         token_R, rows_R = context.anchor_R, torch.arange(len(context.anchor_R), device=context.anchor_R.device)
-        tokens, laws, confidences = [], [], []
+        drawing = Drawing(context.sampler)
         for slot in range(context.slots):
             batch = self.step(token_R, context, table_RP, slot)
             logits_RV, _ = self.model.forward(batch, self.pool, rows_R)
-            logits_RV = fit_vocabulary(logits_RV, self.vocabulary)
-            token_R, law_RV = context.sampler.draw(logits_RV, slot)
-            tokens.append(token_R)
-            laws.append(law_RV)
-            confidences.append(certainty(logits_RV))
-        return Draft.of_slots(tokens, laws, confidences)
+            token_R = drawing.draw(fit_vocabulary(logits_RV, self.vocabulary))
+        return drawing.draft()
 
     def step(self, token_R: Tensor, context: DraftContext, table_RP: Tensor, slot: int) -> Ragged:
         """One query token a request at anchor + slot."""
-        position_R, size = context.position_R + slot, self.pool.page_size
-        page_R = table_RP.gather(1, (position_R // size)[:, None])[:, 0].long()
+        position_R = context.position_R + slot
         return Ragged(
             token_T=token_R,
             position_T=position_R,
-            slot_T=page_R * size + position_R % size,
+            slot_T=slots_at(table_RP, position_R[:, None], self.pool.page_size)[:, 0],
             page_table_RP=table_RP,
             cu_query_R1=torch.arange(len(token_R) + 1, dtype=torch.int32, device=token_R.device),
             context_R=position_R.to(torch.int32),

@@ -1,47 +1,46 @@
 """Eagle-3: an autoregressive one-layer drafter over [token embedding; target features], the field's baseline.
 
 Entry t of its context joins the feature of position t with token t+1, so it exists only once token t+1 is committed.
-B sequences, S tokens, T ragged tokens, R requests, K block slots, V vocabulary, D hidden size, k taps.
+B sequences, S tokens, T ragged tokens, R requests, K block slots, V vocabulary,
+U pruned vocabulary, D hidden size, k taps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from dspark.drafters.base import Draft, DraftContext
-from dspark.drafters.body import certainty
-from dspark.drafters.layers import MLP, Attend, Attention, BackboneConfig, RMSNorm, Rotary, RotaryEmbedding
+from dspark.drafters.body import softcapped
+from dspark.drafters.drawing import Drawing
+from dspark.drafters.layers import Attend, BackboneConfig, Layer, RMSNorm, Rotary, RotaryEmbedding
+from dspark.drafters.pruned import kept, offsets, widened
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
-from dspark.models.pages import SCRATCH_PAGE
+from dspark.models.pages import SCRATCH_PAGE, slots_at
 from dspark.ops.attention import ragged_attention, store
 from dspark.ops.step_attention import step_attention
 
 
-class EagleLayer(nn.Module):
-    """A decoder layer whose attention reads [norm(embedding); norm(hidden)]; the residual is the hidden state."""
+class EagleLayer(Layer):
+    """The family's layer whose attention reads [norm(embedding); norm(hidden)]; the residual is the hidden state."""
 
     def __init__(self, config: BackboneConfig) -> None:
-        super().__init__()
-        self.self_attn = Attention(config, width=2 * config.hidden_size)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        super().__init__(config, 0, width=2 * config.hidden_size)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def joined(self, embedding: Tensor, hidden: Tensor) -> Tensor:
         """What queries, keys and values are projected from, [..., 2·D]."""
         return torch.cat((self.input_layernorm(embedding), self.hidden_norm(hidden)), dim=-1)
 
-    def forward(self, embedding: Tensor, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+    def step(self, embedding: Tensor, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        """The next hidden states [..., D]."""
         both = self.joined(embedding, hidden)
         mixed = attend(0, self.self_attn.query(both, rotary), *self.self_attn.key_value(both, rotary))
-        hidden = hidden + self.self_attn.o_proj(mixed.flatten(-2))
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return self.finish(hidden, mixed)
 
 
 class Chain(NamedTuple):
@@ -59,6 +58,8 @@ class Eagle3(nn.Module):
     of the newest token waits for the token after it: `extend` and `propose` write entry p − 1 when they see token p.
     """
 
+    d2t: Tensor
+    t2d: Tensor
     feature_SD: Tensor
     pools: tuple[Tensor, Tensor]
     page_size: int
@@ -71,17 +72,45 @@ class Eagle3(nn.Module):
         *,
         taps: tuple[int, ...],
         block_size: int,
+        draft_vocabulary: int = 0,
     ) -> None:
+        """`draft_vocabulary` > 0: `lm_head` is the drafter's own, over so many tokens, which `d2t` and `t2d` name."""
         super().__init__()
         self.config = config
         self.taps = taps
         self.block_size = block_size
         self.embed_tokens = embed_tokens.requires_grad_(False)
-        self.lm_head = lm_head.requires_grad_(False)
+        self.lm_head = lm_head.requires_grad_(draft_vocabulary > 0)
         self.fc = nn.Linear(config.tap_count * config.hidden_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList([EagleLayer(config)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
+        self.pruned = draft_vocabulary > 0
+        if self.pruned:
+            self.register_buffer("d2t", torch.zeros(draft_vocabulary, dtype=torch.long))
+            self.register_buffer("t2d", torch.zeros(embed_tokens.num_embeddings, dtype=torch.bool))
+
+    def adopt(self, kept_U: Tensor) -> Tensor:
+        """Draft from the target's tokens `kept_U` (ascending); returns them."""
+        self.d2t.copy_(offsets(kept_U))
+        self.t2d.zero_()[kept_U] = True
+        return kept_U
+
+    @property
+    def layer(self) -> EagleLayer:
+        return cast(EagleLayer, self.layers[0])
+
+    def embed(self, token: Tensor) -> Tensor:
+        return self.embed_tokens(token) * self.config.embedding_scale
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V], or [..., U] of a pruned vocabulary, of the layer's hidden states [..., D]."""
+        return softcapped(self.lm_head(self.norm(hidden)), self.config.logit_softcap)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V]; −inf for what the draft vocabulary lacks."""
+        drafted = self.draft_logits(hidden)
+        return widened(drafted, kept(self.d2t), len(self.t2d)) if self.pruned else drafted
 
     def run(
         self, token_BS: Tensor, hidden_BSD: Tensor, start: int, past: list[tuple[Tensor, Tensor]]
@@ -95,7 +124,7 @@ class Eagle3(nn.Module):
             return step_attention(q_BSHd, keys, values, self.config.scale)
 
         rotary = self.rotary(position_S, hidden_BSD.dtype)
-        return self.layers[0](self.embed_tokens(token_BS), hidden_BSD, rotary, attend), past
+        return self.layer.step(self.embed(token_BS), hidden_BSD, rotary, attend), past
 
     @torch.no_grad()
     def chain(self, taps_BSkD: Tensor, next_token_BS: Tensor, steps: int) -> Chain:
@@ -104,7 +133,7 @@ class Eagle3(nn.Module):
         hidden_B1D, position = hidden_BSD[:, -1:], next_token_BS.shape[1]
         hiddens, logits, tokens = [hidden_B1D], [], []
         for _ in range(steps):
-            logits_B1V = self.lm_head(self.norm(hidden_B1D))
+            logits_B1V = self.logits(hidden_B1D)
             token_B1 = logits_B1V.argmax(-1)
             hidden_B1D, past = self.run(token_B1, hidden_B1D, position, past)
             position += 1
@@ -134,14 +163,12 @@ class Eagle3(nn.Module):
         later = batch.position_T > 0  # token 0 completes no entry
         position_T, token_T, request_T = batch.position_T[later] - 1, batch.token_T[later], request_T[later]
         slot_T = self.slots(batch.page_table_RP[request_T], position_T)
-        layer: EagleLayer = self.layers[0]  # type: ignore[assignment]
-        both = layer.joined(self.embed_tokens(token_T), self.feature_SD[slot_T])
-        store(*layer.self_attn.key_value(both, self.rotary(position_T, both.dtype)), *self.pools, slot_T)
+        both = self.layer.joined(self.embed(token_T), self.feature_SD[slot_T])
+        store(*self.layer.self_attn.key_value(both, self.rotary(position_T, both.dtype)), *self.pools, slot_T)
 
     def slots(self, table_TP: Tensor, position_T: Tensor) -> Tensor:
         """The slot of one position in each row of a page table."""
-        page_T = table_TP.gather(1, (position_T // self.page_size)[:, None])[:, 0].long()
-        return page_T * self.page_size + position_T % self.page_size
+        return slots_at(table_TP, position_T[:, None], self.page_size)[:, 0]
 
     @torch.inference_mode()
     def propose(self, context: DraftContext) -> Draft:
@@ -150,15 +177,11 @@ class Eagle3(nn.Module):
         table_RP = torch.nn.functional.pad(context.page_table_RP, (0, spare), value=SCRATCH_PAGE)
         token_R, position_R = context.anchor_R, (context.position_R - 1).clamp(min=0)
         hidden_RD = self.feature_SD[self.slots(table_RP, position_R)]
-        tokens, laws, confidences = [], [], []
+        drawing = Drawing(context.sampler)
         for slot in range(context.slots):
             hidden_RD = self.step(token_R, hidden_RD, position_R + slot, table_RP)
-            logits_RV = self.lm_head(self.norm(hidden_RD))
-            token_R, law_RV = context.sampler.draw(logits_RV, slot)
-            tokens.append(token_R)
-            laws.append(law_RV)
-            confidences.append(certainty(logits_RV))
-        return Draft.of_slots(tokens, laws, confidences)
+            token_R = drawing.draw(self.logits(hidden_RD))
+        return drawing.draft()
 
     def step(self, token_R: Tensor, hidden_RD: Tensor, position_R: Tensor, table_RP: Tensor) -> Tensor:
         """One entry a request: its keys and values are stored, its hidden state [R, D] returned."""
@@ -173,4 +196,5 @@ class Eagle3(nn.Module):
             store(k_RGd, v_RGd, *self.pools, self.slots(table_RP, position_R))
             return out_RHd
 
-        return self.layers[0](self.embed_tokens(token_R), hidden_RD, self.rotary(position_R, hidden_RD.dtype), attend)
+        rotary = self.rotary(position_R, hidden_RD.dtype)
+        return self.layer.step(self.embed(token_R), hidden_RD, rotary, attend)

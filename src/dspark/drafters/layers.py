@@ -217,10 +217,10 @@ class Layer(nn.Module):
 
     layer_scalar: Tensor
 
-    def __init__(self, config: BackboneConfig, index: int) -> None:
+    def __init__(self, config: BackboneConfig, index: int, width: int | None = None) -> None:
         super().__init__()
         self.index = index
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, width)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -233,8 +233,11 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         normed = self.input_layernorm(x)
         key, value = self.self_attn.key_value(normed, rotary)
-        mixed = attend(self.index, self.self_attn.query(normed, rotary), key, value)
-        mixed = self.self_attn.o_proj(mixed.flatten(-2))
+        return self.finish(x, attend(self.index, self.self_attn.query(normed, rotary), key, value))
+
+    def finish(self, x: Tensor, mixed_Hd: Tensor) -> Tensor:
+        """The layer's output from its residual input and what attention returned."""
+        mixed = self.self_attn.o_proj(mixed_Hd.flatten(-2))
         if not self.sandwich:
             x = x + mixed
             return x + self.mlp(self.post_attention_layernorm(x))

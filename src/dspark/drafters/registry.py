@@ -15,6 +15,9 @@ from dspark.drafters.dflash import DFlash
 from dspark.drafters.draft_model import DraftModel
 from dspark.drafters.dspark import DSpark
 from dspark.drafters.eagle3 import Eagle3
+from dspark.drafters.layer_skip import ExitHead, LayerSkip
+from dspark.drafters.medusa import Medusa
+from dspark.drafters.mtp import MTP
 from dspark.drafters.ngram import NGram, NoDraft
 from dspark.drafters.vocab import TargetParts, check_tokenizers
 from dspark.models.loading import load_tokenizer
@@ -29,6 +32,9 @@ DRAFTERS = {
     "dspark": DSpark,
     "dflash": DFlash,
     "eagle3": Eagle3,
+    "mtp": MTP,
+    "medusa": Medusa,
+    "layer_skip": LayerSkip,
     "draft_model": DraftModel,
     "ngram": NGram,
     "none": NoDraft,
@@ -67,10 +73,12 @@ def load_drafter(
                 f"pass --block-size {drafter.block_size} or less"
             )
         drafter.block_size = block_size
+    if isinstance(drafter, ExitHead):
+        return LayerSkip(target, drafter)
     if isinstance(drafter, DSpark):
         drafter.pack()
     else:
-        pack_linears(drafter if isinstance(drafter, Eagle3) else drafter.body)
+        pack_linears(drafter.body if isinstance(drafter, DFlash) else drafter)
     return drafter
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dspark.drafters.base import Draft, DraftContext, Drafter
+from dspark.drafters.base import Draft, DraftContext, Drafter, SharesPages
 from dspark.engine.assemble import Assembled
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
@@ -43,7 +43,10 @@ class Runner:
         self.pool = target.allocate(pages, page_size)
         self.timings = Timings()
         self.clock = time.perf_counter  # or `time.thread_time`, to measure on a busy machine
-        drafter.allocate(pages, page_size)
+        if isinstance(drafter, SharesPages):
+            drafter.share(self.pool)
+        else:
+            drafter.allocate(pages, page_size)
 
     def compile(self) -> list[SwappableGraph]:
         """Start compiling every forward, or load it from the cache; each is used as soon as it is ready."""

@@ -1,6 +1,7 @@
 """Key/value pools cut into pages, and the allocator that counts who uses which page.
 
-S slots = pages · page_size, G key/value heads, d head size. Page 0 is scratch: padding rows write there.
+S slots = pages · page_size, R requests, N positions, G key/value heads, d head size.
+Page 0 is scratch: padding rows write there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ from torch import Tensor
 from dspark.common.errors import UserError
 
 SCRATCH_PAGE = 0
+
+
+def slots_at(page_table_RP: Tensor, position_RN: Tensor, page_size: int) -> Tensor:
+    """The slot of each position [R, N] in its row of a page table."""
+    page_RN = page_table_RP.gather(1, position_RN // page_size).long()
+    return page_RN * page_size + position_RN % page_size
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class Target:
         self.config = model.config.get_text_config()
         self.decoder = decoder_of(model)
         self.layer_count = len(self.decoder.layers)
-        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.vocab_size: int = model.get_output_embeddings().out_features
         self.hidden_size: int = self.config.hidden_size
         self.context_limit: int = self.config.max_position_embeddings
         weight = model.get_input_embeddings().weight
@@ -150,7 +150,9 @@ class Target:
         if (taps, page_size) not in self._graphs:
             check_taps(taps, self.layer_count)
             forward = RaggedForward(self.model, taps, self.source_of_layer, page_size)
-            identity = f"{self.config.to_json_string(use_diff=False)} {self.dtype} {taps} {page_size}"
+            identity = (
+                f"{self.config.to_json_string(use_diff=False)} {self.layer_count} {self.dtype} {taps} {page_size}"
+            )
             self._graphs[taps, page_size] = SwappableGraph(forward, identity)
         return self._graphs[taps, page_size]
 

@@ -115,5 +115,5 @@ def create(
         if start == "target":
             stitch(drafter, target, len(config.taps))
     for name, parameter in drafter.named_parameters():
-        parameter.requires_grad_(not checkpoint.flat_name(name).startswith(checkpoint.SHARED))
+        parameter.requires_grad_(not checkpoint.is_borrowed(name, config))
     return drafter.train().to(device), config

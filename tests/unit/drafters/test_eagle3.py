@@ -4,9 +4,11 @@ import pytest
 import torch
 from drafting import HIDDEN, PAGE, VOCABULARY, Greedy, context_of, drafter_fields, pages_of, ragged
 
+from dspark.common.errors import UserError
 from dspark.drafters import checkpoint
 from dspark.drafters.config import parse
 from dspark.drafters.eagle3 import Eagle3
+from dspark.drafters.pruned import most_frequent
 from dspark.drafters.registry import load_drafter
 
 FIELDS = {
@@ -17,17 +19,21 @@ FIELDS = {
 }
 
 
-@pytest.fixture
-def drafter():
+def made(**changes):
     torch.manual_seed(0)
-    config = parse(drafter_fields(**FIELDS), "config.json")
+    config = parse(drafter_fields(**FIELDS) | changes, "config.json")
     head = checkpoint.head_of(torch.randn(VOCABULARY, HIDDEN))
     drafter = checkpoint.build(config, torch.randn(VOCABULARY, HIDDEN), head).eval()
     for parameter in drafter.parameters():
         if parameter.requires_grad and parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     drafter.allocate(33, PAGE)
-    return drafter
+    return drafter, config
+
+
+@pytest.fixture
+def drafter():
+    return made()[0]
 
 
 def text(length, seed):
@@ -85,3 +91,26 @@ def test_loaded_beside_a_target(drafter, target, tmp_path):
     loaded.extend(ragged([token_S[:3]], pages_of([0], width=8), [0]), taps_SD[:3])
     draft = loaded.propose(context_of([int(token_S[3])], [3], pages_of([0], width=8), Greedy(), slots=3))
     assert draft.token_RK.shape == (1, 3)
+
+
+def test_a_pruned_vocabulary_is_drafted_from_alone(target, tmp_path):
+    drafter, config = made(draft_vocab_size=20)
+    count_V = torch.randint(0, 9, (VOCABULARY,))
+    ids_U = drafter.adopt(most_frequent(count_V, 20))
+    assert count_V[ids_U].min() >= count_V[~drafter.t2d].max()
+    checkpoint.save(drafter, config, tmp_path / "d", dtype=torch.bfloat16, frozen=False)
+    loaded = load_drafter(tmp_path / "d", target)
+    assert (loaded.d2t.dtype, loaded.t2d.dtype, int(loaded.t2d.sum())) == (torch.int64, torch.bool, 20)
+    loaded.allocate(33, PAGE)
+    token_S, taps_SD = text(6, 4)
+    loaded.extend(ragged([token_S[:5]], pages_of([0]), [0]), taps_SD[:5])
+    sampler = Greedy()
+    draft = loaded.propose(context_of([int(token_S[5])], [5], pages_of([0]), sampler))
+    for logits_1V, token_1 in zip(sampler.seen, draft.token_RK[0], strict=True):
+        assert torch.equal(logits_1V[0].isfinite(), loaded.t2d)
+        assert loaded.t2d[token_1]
+
+
+def test_a_draft_vocabulary_larger_than_the_targets():
+    with pytest.raises(UserError, match=rf"{VOCABULARY + 1} exceeds the vocabulary of {VOCABULARY}"):
+        parse(drafter_fields(**FIELDS) | {"draft_vocab_size": VOCABULARY + 1}, "config.json")
