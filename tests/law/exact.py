@@ -9,6 +9,7 @@ R requests (one per piece of the product of all uniforms), K block slots, V voca
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,16 +106,38 @@ def target_laws(system: System, output: Sequence[int], draft: Draft | None, plan
 
 def round_law(system: System, output: Sequence[int]) -> dict[Outcome, float]:
     """The law of the tokens that one round commits after `output`."""
-    if system.drafter is None:
-        paths: list[list[Piece]] = [[]]
-        draft = None
+    paths, draft = drafts(system, output)
+    if draft is None:
         plan = system.planner.plan(Round([0]), None)
     else:
-        paths = draft_pieces(system, output)
-        draft = propose(system, output, [[at(piece, 0) for piece in path] for path in paths])
-        other = propose(system, output, [[at(piece, 1) for piece in path] for path in paths])
-        assert torch.equal(draft.token_RK, other.token_RK), "a draft token changes inside a piece of its uniform"
         plan = system.planner.plan(Round(draft.length_R), survival(draft.confidence_RK))
+    law: dict[Outcome, float] = defaultdict(float)
+    for path, found in zip(paths, committed(system, output, draft, plan), strict=True):
+        for tokens, weight in found.items():
+            law[tokens] += volume(path) * weight
+    return law
+
+
+def drafts(system: System, output: Sequence[int]) -> tuple[list[list[Piece]], Draft | None]:
+    """Every block that can be drafted after `output`: the pieces of its uniforms, and all of them as one draft."""
+    if system.drafter is None:
+        return [[]], None
+    paths = draft_pieces(system, output)
+    draft = propose(system, output, [[at(piece, 0) for piece in path] for path in paths])
+    other = propose(system, output, [[at(piece, 1) for piece in path] for path in paths])
+    assert torch.equal(draft.token_RK, other.token_RK), "a draft token changes inside a piece of its uniform"
+    return paths, draft
+
+
+def volume(path: Sequence[Piece]) -> float:
+    """The probability of a product of pieces."""
+    return math.prod(high - low for low, high in path)
+
+
+def committed(
+    system: System, output: Sequence[int], draft: Draft | None, plan: list[int]
+) -> list[dict[Outcome, float]]:
+    """For each block of `draft`, verified as `plan` says: the law of what `verify` commits."""
     rows = target_laws(system, output, draft, plan).split([1 + length for length in plan])
     cases = []  # (path, accept pieces, final piece)
     for path, length in enumerate(plan):
@@ -125,18 +148,17 @@ def round_law(system: System, output: Sequence[int]) -> dict[Outcome, float]:
         steps = [float(end) for law in excess for end in (law.cumsum(0) / law.sum()).nan_to_num(0)]
         accept = [pieces([x]) for x in ratio] + [[(0.0, 1.0)]] * (system.slots - length)
         cases += [(path, chosen, final) for chosen in product(*accept) for final in pieces(steps)]
-    return _integrate(system, output, paths, draft, plan, cases)
+    return _integrate(system, output, draft, plan, cases)
 
 
 def _integrate(
     system: System,
     output: Sequence[int],
-    paths: list[list[Piece]],
     draft: Draft | None,
     plan: list[int],
     cases: list[tuple[int, tuple[Piece, ...], Piece]],
-) -> dict[Outcome, float]:
-    """Run `verify` on every case at both ends of its pieces and add up the volumes of equal outcomes."""
+) -> list[dict[Outcome, float]]:
+    """Run `verify` on every case at both ends of its pieces; by path, add up the volumes of equal outcomes."""
     index = [path for path, _, _ in cases]
     many = None
     if draft is not None:
@@ -152,13 +174,10 @@ def _integrate(
         assert [len(tokens) for tokens in verdict.tokens] == [n + 1 for n in verdict.accepted_R]
         sides.append(verdict.tokens)
     assert sides[0] == sides[1], "a committed token changes inside a piece"
-    law: dict[Outcome, float] = defaultdict(float)
+    laws: list[dict[Outcome, float]] = [defaultdict(float) for _ in plan]
     for (path, chosen, final), tokens in zip(cases, sides[0], strict=True):
-        weight = 1.0
-        for low, high in (*paths[path], *chosen, final):
-            weight *= high - low
-        law[tuple(tokens)] += weight
-    return law
+        laws[path][tuple(tokens)] += volume((*chosen, final))
+    return laws
 
 
 def joint_law(system: System, length: int = 2) -> dict[Outcome, float]:

@@ -142,10 +142,11 @@ class RunningMeans:
     def __init__(self) -> None:
         self.reached_K = np.zeros(0)  # Σ of survival up to slot k - 1, and to slot k, forgetting
         self.passed_K = np.zeros(0)
+        self._ahead_KK: Array | None = None
 
     def observe(self, survival_RK: Array, limit_R: Sequence[int]) -> None:
         """Survival weighs the confidences as acceptance would, without waiting for outcomes that a plan may censor."""
-        slots = survival_RK.shape[1]
+        slots, self._ahead_KK = survival_RK.shape[1], None
         if len(self.reached_K) < slots:
             more = slots - len(self.reached_K)
             self.reached_K = np.append(self.reached_K, np.ones(more))
@@ -162,6 +163,8 @@ class RunningMeans:
 
     def ahead(self, slots: int) -> Array:
         """[K, K]: entry (k, j) is the expected survival of slot j over that of slot k; 0 where j < k."""
+        if self._ahead_KK is not None and len(self._ahead_KK) == slots:
+            return self._ahead_KK
         mean_K = np.full(slots, FIRST_MEAN)
         known = min(slots, len(self.reached_K))
         mean_K[:known] = self.passed_K[:known] / np.maximum(self.reached_K[:known], 1e-9)
@@ -169,6 +172,7 @@ class RunningMeans:
         for k in range(slots):
             ahead_KK[k, k] = 1.0
             np.cumprod(np.minimum(mean_K[k + 1 :], 1.0), out=ahead_KK[k, k + 1 :])
+        self._ahead_KK = ahead_KK
         return ahead_KK
 
 
@@ -187,15 +191,18 @@ def walk(value_RK: Array, limit_R: Sequence[int], asked_R: Sequence[int], ahead_
     limit, asked = np.asarray(limit_R), np.asarray(asked_R)
     length_R = np.zeros(requests, dtype=np.int64)
     alive_A = np.arange(requests)
+    least, everywhere = min(limit_R), min(asked_R) == slots
     gain, admitted = 0.0, 0
     for k in range(slots):
-        alive_A = alive_A[limit[alive_A] > k]
+        if least <= k:
+            alive_A = alive_A[limit[alive_A] > k]
         if not len(alive_A):
             break
         now_A = value_RK[alive_A, k]
         beyond_AJ = now_A[:, None] * ahead_KK[k, k:]
-        there_AJ = np.arange(k, slots) < asked[alive_A, None]
-        sorted_N = np.sort(beyond_AJ[there_AJ])[::-1]
+        if not everywhere:
+            beyond_AJ = beyond_AJ[np.arange(k, slots) < asked[alive_A, None]]
+        sorted_N = np.sort(beyond_AJ, axis=None)[::-1]
         gain_N1 = np.empty(len(sorted_N) + 1)
         gain_N1[0] = gain
         np.cumsum(sorted_N, out=gain_N1[1:])
@@ -213,7 +220,7 @@ def walk(value_RK: Array, limit_R: Sequence[int], asked_R: Sequence[int], ahead_
 def _best_of(alive_A: NDArray[np.intp], now_A: Array, sorted_N: Array, best: int) -> NDArray[np.intp]:
     """The requests whose present slot is among the `best` largest values; ties go to the present slots, in order."""
     bound = sorted_N[best - 1]
-    above = int(np.searchsorted(-sorted_N[:best], -bound))  # values strictly above the bound
+    above = int(np.count_nonzero(sorted_N[:best] > bound))
     tied = now_A == bound
     if int(tied.sum()) > best - above:
         tied &= np.cumsum(tied) <= best - above
