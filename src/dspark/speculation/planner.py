@@ -13,7 +13,8 @@ from typing import Protocol
 
 from dspark.common.errors import UserError
 from dspark.speculation.cost import StepCost
-from dspark.speculation.prices import Prices
+from dspark.speculation.joint import Joint
+from dspark.speculation.prices import Prices, Source
 from dspark.speculation.round import Array, Outcome, Round, as_array
 from dspark.speculation.scheduled import Greedy, Lagged, Lookahead
 
@@ -104,12 +105,22 @@ PLANNERS: dict[str, Callable[[str], Planner]] = {
     "fixed": lambda text: Fixed(_length(text)),
     "threshold": lambda text: Threshold(_confidence(text)),
 }
-PRICED: dict[str, Callable[[Prices], Planner]] = {"greedy": Greedy, "lagged": Lagged, "lookahead": Lookahead}
+PRICED: dict[str, Callable[[Prices], Planner]] = {
+    "greedy": Greedy,
+    "lagged": Lagged,
+    "lookahead": Lookahead,
+    "joint": Joint,
+}
 _TAKES = {"fixed": "a number of tokens, as in fixed:3", "threshold": "a confidence, as in threshold:0.5"}
 NAMES = "none, full, fixed:N, threshold:C, " + ", ".join(PRICED)
 
 
-def parse_planner(text: str, cost: StepCost | None = None) -> Planner:
+def needs_cost(text: str) -> bool:
+    """Whether the planner of this name weighs what a step costs."""
+    return text.partition(":")[0] in PRICED
+
+
+def parse_planner(text: str, cost: StepCost | Source | None = None) -> Planner:
     """The planner a person names, such as "fixed:3" or "greedy"; else a UserError. Priced ones need the step's cost."""
     name, _, argument = text.partition(":")
     if name not in PLANNERS and name not in PRICED:

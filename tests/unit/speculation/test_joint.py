@@ -1,0 +1,143 @@
+"""The joint planner: drafts where it pays and nowhere else, finds requests that turn, keeps promises and priorities."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspark.common.sampling_params import SamplingParams
+from dspark.speculation.acceptance import Acceptance, filled_in
+from dspark.speculation.cost import StepCost
+from dspark.speculation.joint import Joint
+from dspark.speculation.prices import Prices
+from dspark.speculation.round import Outcome, Round
+from dspark.speculation.scheduled import walk
+
+COST = StepCost(
+    rows=(1, 8, 64),
+    seconds=(1.0, 1.8, 9.0),
+    draft_requests=(1, 8),
+    draft_slots=(1, 7),
+    draft_seconds=((0.3, 0.6), (1.0, 2.5)),
+)
+SLOTS = 7
+
+
+def serve(planner, chances, steps, params=None, seed=0):
+    """Steps of requests whose drafts are accepted with the given chance a slot; (tokens, seconds) by step, plans."""
+    rng = np.random.default_rng(seed)
+    prices, log = planner.prices, []
+    for step in range(steps):
+        chance_R = [c(step) if callable(c) else c for c in chances]
+        requests = len(chance_R)
+        everyone = params or [SamplingParams()] * requests
+        round = Round([SLOTS] * requests, (), list(range(requests)), [64] * requests, everyone)
+        slots = planner.slots(round)
+        round, width = round.drafted(slots, slots), max(slots)
+        confidence_RK = np.repeat(np.array(chance_R)[:, None], width, 1)
+        survival_RK = np.cumprod(confidence_RK, 1) if width else None
+        plan = planner.plan(round, survival_RK)
+        assert all(0 <= n <= s for n, s in zip(plan, slots, strict=True))
+        accepted = [int(np.cumprod(rng.random(n) < c).sum()) for n, c in zip(plan, chance_R, strict=True)]
+        drafting = sum(s > 0 for s in slots)
+        seconds = float(prices.verifying(round, sum(plan))[-1] + prices.drafting(round, width, drafting))
+        planner.observe(Outcome(round, plan, accepted, seconds, survival_RK))
+        log.append((requests + sum(accepted), seconds, plan, slots, accepted))
+    return log
+
+
+def rate(log):
+    return sum(entry[0] for entry in log) / sum(entry[1] for entry in log)
+
+
+def fixed_rate(length, chance):
+    tokens = 1 + sum(chance**k for k in range(1, length + 1))
+    return tokens / float(COST.target(1 + length) + COST.draft(1, length))
+
+
+@pytest.mark.parametrize("chance", [0.05, 0.4, 0.75, 0.95])
+def test_alone_it_reaches_the_best_fixed_length(chance):
+    log = serve(Joint(Prices(COST)), [chance], 1000)
+    best = max(fixed_rate(length, chance) for length in range(SLOTS + 1))
+    assert rate(log) > 0.97 * best
+
+
+def test_a_hopeless_drafter_is_off_after_few_rounds_and_tried_rarely():
+    log = serve(Joint(Prices(COST)), [0.0], 800)
+    assert rate(log[:20]) > 0.6
+    assert rate(log[20:]) > 0.98 * fixed_rate(0, 0.0)
+    assert any(any(entry[3]) for entry in log[20:])
+
+
+def test_only_the_requests_that_are_guessed_right_draft():
+    log = serve(Joint(Prices(COST)), [0.9, 0.02, 0.9, 0.02], 300)[100:]
+    drafted = np.array([entry[3] for entry in log]).mean(0)
+    assert min(drafted[0], drafted[2]) > 2 > 0.5 > max(drafted[1], drafted[3])
+
+
+def test_a_request_that_turns_is_found_again():
+    log = serve(Joint(Prices(COST)), [lambda step: 0.0 if step < 200 else 0.95, 0.9], 700)
+    assert np.mean([entry[3][0] for entry in log[-100:]]) > 2
+
+
+def test_a_promise_is_kept_at_the_others_cost():
+    chances, slow = [0.9, 0.9, 0.9, 0.9], [SamplingParams()] * 4
+    free = serve(Joint(Prices(COST)), chances, 300, slow)[150:]
+
+    def speed(log):
+        return sum(1 + entry[4][0] for entry in log) / sum(entry[1] for entry in log)
+
+    promised = [SamplingParams(min_tokens_per_second=1.15 * speed(free)), *slow[1:]]
+    kept = serve(Joint(Prices(COST)), chances, 500, promised)[250:]
+    assert speed(kept) > 1.1 * speed(free)
+
+
+def test_priority_gets_rows_first():
+    params = [SamplingParams(priority=8.0), *[SamplingParams()] * 3]
+    plans = np.array([entry[2] for entry in serve(Joint(Prices(COST)), [0.7] * 4, 150, params)[50:]])
+    assert plans[:, 0].mean() > plans[:, 1:].mean() + 0.5
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.floats(0.05, 1.0), min_size=4, max_size=4),
+    st.lists(st.floats(0.0, 0.6), min_size=5, max_size=5),
+    st.floats(0.2, 3.0),
+    st.integers(0, 4),
+)
+def test_the_bounds_for_one_request_are_the_walk(confidence, rises, price, limit):
+    cost = StepCost.of_table((1.0 + np.cumsum([0.0, *rises])).tolist())
+    planner = Joint(Prices(cost))
+    planner.rate = price
+    a_RK = np.cumprod([confidence], axis=1)
+    round = Round([limit], [4], [0], [8], [SamplingParams()])
+    seconds = planner.prices.verifying(round, 4)
+
+    def score(gain, admitted):
+        return gain - price * seconds[admitted : admitted + len(gain)]
+
+    wanted = walk(a_RK, [limit], [4], planner.means.ahead(4), score)
+    assert planner.plan(round, a_RK) == wanted
+
+
+def test_what_a_plan_cut_off_is_filled_in_and_what_was_rejected_is_known():
+    survival = np.array([[0.9, 0.45, 0.09], [0.8, 0.4, 0.2], [0.5, 0.5, 0.5]])
+    round = Round([3, 2, 0], [3, 2, 0])
+    reached, passed = filled_in(Outcome(round, [1, 2, 0], [1, 0, 0], 1.0, survival))
+    np.testing.assert_allclose(passed, [[1, 0.5, 0.1], [0, 0, 0], [0, 0, 0]])
+    np.testing.assert_allclose(reached, [[1, 1, 0.5], [1, 0, 0], [0, 0, 0]])
+
+
+def test_groups_share_what_their_requests_teach():
+    acceptance = Acceptance([0.6])
+    chat, code = SamplingParams(speculation_group="chat"), SamplingParams(speculation_group="code")
+    for step in range(40):
+        round = Round([2, 2], [2, 2], [2 * step, 2 * step + 1], [9, 9], [chat, code])
+        acceptance.learn([Outcome(round, [2, 2], [0, 2], 1.0, np.full((2, 2), 0.6))])
+    new = Round([2, 2], [2, 2], [500, 501], [9, 9], [chat, code])
+    worse, better = acceptance.survival(new, 2)[:, 0]
+    assert worse < 0.2 and better > 0.8
+
+
+def test_the_first_guess_is_the_calibrations():
+    assert Acceptance([0.8, 0.5]).conditional(3).tolist() == pytest.approx([0.8, 0.5, 0.5])
