@@ -65,7 +65,7 @@ class OnlineCalibration:
     def observe(
         self, raw_RK: Array, plan: Sequence[int], accepted_R: Sequence[int], audited_R: Sequence[int] = ()
     ) -> None:
-        """Take the outcomes of the round that `confidence` was last asked about; `audited_R` are its requests' indices."""
+        """Take the outcomes of the round that `confidence` was last asked about; `audited_R` are indices."""
         z_RK, (slope_RK, shift_RK) = logit(raw_RK), self._weights
         self._heard.append(Heard(self._circles, z_RK, plan, accepted_R))
         for r in audited_R:
