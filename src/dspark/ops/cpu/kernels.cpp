@@ -458,10 +458,12 @@ inline float peak_of(const float* x, int64_t count) {
 }
 
 // Where `value` first stands in x[count]; `none` where it does not.
-inline int64_t first_of(const float* x, int64_t count, float value, int64_t none) {
-  for (int64_t i = 0; i < count; i += LANES)
+inline int64_t first_of(const float* x, int64_t count, float value, int64_t none, int64_t start = 0) {
+  for (int64_t i = start; i < count; i += LANES) {
+    if (i + LANES <= count && peak_of(x + i, LANES) != value) continue;
     for (int64_t lane = i; lane < std::min(i + LANES, count); ++lane)
       if (x[lane] == value) return lane;
+  }
   return none;
 }
 
@@ -502,7 +504,7 @@ inline float block_sum(const float* x) {  // of 16 values, in an order that vect
 
 // The first index whose cumulative weight reaches u of the whole and that has weight; `count` where there is none.
 // `weight` is zero-padded to a multiple of 16.
-inline int64_t draw_from(const std::vector<float>& weight, int64_t count, double total, double u) {
+inline int64_t draw_from(const float* weight, int64_t count, double total, double u) {
   const double aim = total * u;
   double seen = 0;
   int64_t last = count;
@@ -523,22 +525,38 @@ inline int64_t draw_from(const std::vector<float>& weight, int64_t count, double
   return last;
 }
 
-// bias[V] = W2 times one embedding, W2 packed like every linear's weights.
+// Adds W2 times `count` embeddings to wide[count][stride], for vocabulary tiles [first, last); W2 lies as every linear's
+// weights. A row's sums do not depend on how many rows share the pass.
 template <typename Scalar>
-void bias_of_all(const Scalar* embedding, const Scalar* packed, int64_t rank, int64_t V, float* bias) {
-  const int64_t tiles = (V + LANES - 1) / LANES;
-  int64_t tile = 0;
-  for (; tile + 4 <= tiles; tile += 4) product<Scalar, 1, 4, float>(embedding, packed, nullptr, bias, rank, V, tile);
-  for (; tile < tiles; ++tile) product<Scalar, 1, 1, float>(embedding, packed, nullptr, bias, rank, V, tile);
+void add_bias(const Scalar* embedding, const Scalar* packed, int64_t count, int64_t rank, int64_t V, int64_t first,
+              int64_t last, float* bias, float* wide, int64_t stride) {
+  for (int64_t done = 0; done < count;) {
+    const int64_t left = count - done;
+    auto pass = [&]<int M>() {
+      const Scalar* x = embedding + done * rank;
+      constexpr int TILES = M > 4 ? 2 : 4;
+      int64_t tile = first;
+      for (; tile + TILES <= last; tile += TILES) product<Scalar, M, TILES, float>(x, packed, nullptr, bias, rank, V, tile);
+      for (; tile < last; ++tile) product<Scalar, M, 1, float>(x, packed, nullptr, bias, rank, V, tile);
+      const int64_t begin = first * LANES, end = std::min(V, last * LANES);
+      for (int m = 0; m < M; ++m)
+        for (int64_t v = begin; v < end; ++v) wide[(done + m) * stride + v] += bias[m * V + v];
+      done += M;
+    };
+    if (left >= 8) pass.template operator()<8>();
+    else if (left >= 4) pass.template operator()<4>();
+    else if (left >= 2) pass.template operator()<2>();
+    else pass.template operator()<1>();
+  }
 }
 
-// `packed` is W2 once more in the layout of products, or null; it serves slots that look at all of the vocabulary.
+// One request's block, every slot among its `top` candidates.
 template <typename Scalar>
-void chain_of(const Scalar* base, const Scalar* w1, const Scalar* w2, const Scalar* packed, int64_t anchor, int64_t K, int64_t V, int64_t rank,
-              int64_t top, double temperature, const double* uniform, const float* confidence_w, int64_t* token, float* q,
+void chain_of(const Scalar* base, const Scalar* w1, const Scalar* w2, int64_t anchor, int64_t K, int64_t V, int64_t rank, int64_t top,
+               double temperature, const double* uniform, const float* confidence_w, int64_t* token, float* q,
               float* confidence) {
   const int64_t padded = (rank + LANES - 1) / LANES * LANES;
-  std::vector<float> wide(V), embedding(padded, 0.0f), row(padded, 0.0f), logit(V + LANES), bias(V);
+  std::vector<float> wide(V), embedding(padded, 0.0f), row(padded, 0.0f), logit(V + LANES);
   std::vector<int32_t> chosen;
   int64_t previous = anchor;
   for (int64_t k = 0; k < K; ++k) {
@@ -546,14 +564,9 @@ void chain_of(const Scalar* base, const Scalar* w1, const Scalar* w2, const Scal
     largest(wide.data(), V, top, chosen);
     for (int64_t j = 0; j < rank; ++j) embedding[j] = widen(w1[previous * rank + j]);
     const int64_t count = chosen.size();
-    if (packed && count == V) {
-      bias_of_all(w1 + previous * rank, packed, rank, V, bias.data());
-      for (int64_t v = 0; v < V; ++v) logit[v] = wide[v] + bias[v];
-    } else {
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t j = 0; j < rank; ++j) row[j] = widen(w2[chosen[i] * rank + j]);
-        logit[i] = wide[chosen[i]] + dot(row.data(), embedding.data(), padded);
-      }
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < rank; ++j) row[j] = widen(w2[chosen[i] * rank + j]);
+      logit[i] = wide[chosen[i]] + dot(row.data(), embedding.data(), padded);
     }
     for (int64_t i = count; i < count + LANES; ++i) logit[i] = -INFINITY;
     const float peak = peak_of(logit.data(), count);
@@ -568,7 +581,7 @@ void chain_of(const Scalar* base, const Scalar* w1, const Scalar* w2, const Scal
         std::memcpy(&logit[i], &weight, sizeof weight);
         total += block_sum(&logit[i]);
       }
-      best = draw_from(logit, count, total, uniform[k]);
+      best = draw_from(logit.data(), count, total, uniform[k]);
       const float share = float(1.0 / total);
       for (int64_t i = 0; i < count; ++i) q[k * V + chosen[i]] = logit[i] * share;
       if (best == count) best = count - 1;
@@ -578,6 +591,104 @@ void chain_of(const Scalar* base, const Scalar* w1, const Scalar* w2, const Scal
     previous = token[k];
   }
 }
+
+// All requests' blocks over the whole vocabulary, slot by slot. The vocabulary is cut into PARTS, dealt to the threads: a
+// thread's share of W2 stays in its own cache over the slots, and sums run within a part and then over parts, in order,
+// so that no bit depends on the number of threads or requests.
+template <typename Scalar>
+struct WholeChain {
+  static constexpr int64_t PARTS = 16;
+  const Scalar *base, *w1, *packed;
+  const int64_t* anchor;
+  const double *temperature, *uniform;
+  const float* confidence_w;
+  int64_t R, K, V, rank;
+  int64_t* token;
+  float *q, *confidence;
+  int64_t stride = (V + LANES - 1) / LANES * LANES, padded = (rank + LANES - 1) / LANES * LANES;
+  std::vector<float> logit = std::vector<float>(R * stride, -INFINITY), peak = std::vector<float>(R * PARTS);
+  std::vector<double> total = std::vector<double>(R * PARTS);
+
+  int64_t tile_of(int64_t part) const { return (V + LANES - 1) / LANES * part / PARTS; }
+  int64_t start_of(int64_t part) const { return std::min(V, tile_of(part) * LANES); }
+  int64_t previous(int64_t r, int64_t k) const { return k ? token[r * K + k - 1] : anchor[r]; }
+
+  // Every thread of a team calls this with its number.
+  void run(int64_t thread, int64_t threads) {
+    const int64_t low = PARTS * thread / threads, high = PARTS * (thread + 1) / threads;
+    std::vector<Scalar> embedding(R * rank);
+    thread_local std::vector<float> bias;  // kept: memory of this size would come from the system anew every time
+    if (int64_t(bias.size()) < std::min(R, ROWS) * V) bias.resize(std::min(R, ROWS) * V);
+    for (int64_t k = 0; k < K; ++k) {
+      for (int64_t r = 0; r < R; ++r) std::copy_n(w1 + previous(r, k) * rank, rank, embedding.begin() + r * rank);
+      for (int64_t part = low; part < high; ++part) score(part, k, embedding.data(), bias.data());
+#pragma omp barrier
+      for (int64_t r = 0; r < R; ++r)
+        if (temperature[r] > 0)
+          for (int64_t part = low; part < high; ++part) weigh(r, part);
+#pragma omp barrier
+      for (int64_t r = thread; r < R; r += threads) pick(r, k);
+#pragma omp barrier
+      for (int64_t r = 0; r < R; ++r)
+        if (temperature[r] > 0) write_law(r, k, low, high);
+    }
+  }
+
+  void score(int64_t part, int64_t k, const Scalar* embedding, float* bias) {
+    const int64_t begin = start_of(part), end = start_of(part + 1);
+    for (int64_t r = 0; r < R; ++r)
+      for (int64_t v = begin; v < end; ++v) logit[r * stride + v] = widen(base[(r * K + k) * V + v]);
+    add_bias(embedding, packed, R, rank, V, tile_of(part), tile_of(part + 1), bias, logit.data(), stride);
+    for (int64_t r = 0; r < R; ++r) {
+      if (end == V) std::fill(logit.begin() + r * stride + V, logit.begin() + (r + 1) * stride, -INFINITY);
+      peak[r * PARTS + part] = end > begin ? peak_of(&logit[r * stride + begin], end - begin) : -INFINITY;
+    }
+  }
+
+  float highest(int64_t r) const { return *std::max_element(&peak[r * PARTS], &peak[r * PARTS] + PARTS); }
+
+  void weigh(int64_t r, int64_t part) {  // logits become weights
+    const float top = highest(r), heat = float(temperature[r]);
+    double sum = 0;
+    for (int64_t v = start_of(part); v < start_of(part + 1); v += LANES) {
+      float* here = &logit[r * stride + v];
+      const Vec raw = load(here), weight = raw > Vec{} - INFINITY ? exponential((raw - top) / heat) : Vec{};
+      std::memcpy(here, &weight, sizeof weight);
+      sum += block_sum(here);
+    }
+    total[r * PARTS + part] = sum;
+  }
+
+  void pick(int64_t r, int64_t k) {
+    const float* row = &logit[r * stride];
+    int64_t chosen = V;
+    if (temperature[r] == 0) {
+      const float top = highest(r);
+      for (int64_t part = 0; part < PARTS && chosen == V; ++part)
+        if (peak[r * PARTS + part] == top) chosen = first_of(row, start_of(part + 1), top, V, start_of(part));
+    } else {
+      chosen = draw_from(row, V, whole(r), uniform[r * K + k]);
+    }
+    chosen = std::min(chosen, V - 1);
+    if (temperature[r] == 0) q[(r * K + k) * V + chosen] = 1.0f;
+    token[r * K + k] = chosen;
+    if (!confidence) return;
+    std::vector<float> wide(padded, 0.0f);
+    for (int64_t j = 0; j < rank; ++j) wide[j] = widen(w1[previous(r, k) * rank + j]);
+    confidence[r * K + k] += dot(confidence_w, wide.data(), padded);
+  }
+
+  double whole(int64_t r) const {
+    double sum = 0;
+    for (int64_t part = 0; part < PARTS; ++part) sum += total[r * PARTS + part];
+    return sum;
+  }
+
+  void write_law(int64_t r, int64_t k, int64_t low, int64_t high) {
+    const float share = float(1.0 / whole(r));
+    for (int64_t v = start_of(low); v < start_of(high); ++v) q[(r * K + k) * V + v] = logit[r * stride + v] * share;
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor> draft_chain(const Tensor& base, const Tensor& w1, const Tensor& w2,
                                                const Tensor& anchor, const Tensor& temperature, const Tensor& uniform,
@@ -601,9 +712,16 @@ std::tuple<Tensor, Tensor, Tensor> draft_chain(const Tensor& base, const Tensor&
     const Scalar *logits = basec.const_data_ptr<Scalar>(), *first = w1.const_data_ptr<Scalar>(),
                  *second = w2.const_data_ptr<Scalar>(),
                  *tiles = packed ? packed->const_data_ptr<Scalar>() : nullptr;
+    if (tiles && (top <= 0 || top >= V)) {
+      WholeChain<Scalar> chain{logits, first, tiles, anchors, heats, uniforms, seen, R, K, V, rank, tokens, laws,
+                               sees_token ? confidences : nullptr};
+#pragma omp parallel num_threads(threads)
+      chain.run(omp_get_thread_num(), omp_get_num_threads());
+      return;
+    }
 #pragma omp parallel for num_threads(threads) if (threads > 1 && R > 1)
     for (int64_t r = 0; r < R; ++r)
-      chain_of(logits + r * K * V, first, second, tiles, anchors[r], K, V, rank, top, heats[r], uniforms + r * K, seen,
+      chain_of(logits + r * K * V, first, second, anchors[r], K, V, rank, top, heats[r], uniforms + r * K, seen,
                tokens + r * K, laws + r * K * V, sees_token ? confidences + r * K : nullptr);
   };
   if (base.scalar_type() == at::kFloat) run_all(float{});
@@ -641,7 +759,7 @@ std::pair<int64_t, int64_t> judge(const Scalar* logits, int64_t V, int64_t plan,
     }
     const double total = weights_of(row, V, float(temperature), weight);
     if (!(total > 0) || std::isinf(total)) return {k, V};
-    if (k == plan) return {k, draw_from(weight, V, total, final_u)};
+    if (k == plan) return {k, draw_from(weight.data(), V, total, final_u)};
     const float* law = q + k * V;
     if (accept[k] * law[token[k]] < weight[token[k]] / total) continue;
     double mass = 0, left = 0;
@@ -650,8 +768,8 @@ std::pair<int64_t, int64_t> judge(const Scalar* logits, int64_t V, int64_t plan,
       excess[v] = std::max(0.0f, float(weight[v] / total) - law[v]);
       mass += excess[v];
     }
-    left = draw_from(excess, V, mass, final_u);
-    return {k, mass > 0 ? int64_t(left) : draw_from(weight, V, total, final_u)};
+    left = draw_from(excess.data(), V, mass, final_u);
+    return {k, mass > 0 ? int64_t(left) : draw_from(weight.data(), V, total, final_u)};
   }
 }
 
