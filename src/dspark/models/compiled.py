@@ -197,7 +197,13 @@ def _compile_to(program: Any, path: Path) -> None:
         ]
         for name, arguments in SHIMS.items()
     }
-    options = {"aot_inductor.package_constants_in_so": False, "aot_inductor.custom_ops_to_c_shims": shims}
+    options = {
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.custom_ops_to_c_shims": shims,
+        # what several readers need is made once: left alone, every layer computes the rotation's cosines again
+        "realize_opcount_threshold": 4,
+        "realize_reads_threshold": 1,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = torch._inductor.aoti_compile_and_package(
