@@ -1,10 +1,10 @@
 """τ and acceptance by position of the demo pair on Python files the target never saw, by temperature.
 
-python benchmarks/drafter_tau.py [--target DIR] [--drafter DIR] [--prompts 64] [--tokens 128] [--markov-top-k K]
+python benchmarks/drafter_tau.py [--target DIR] [--drafter DIR] [--domain code|prose] [--prompts 64] [--tokens 128]
 
 Prompts are the 24..72 tokens before random lines of the held-out files (listed in the target's held_out.json, read back
-by content) and the files' own beginnings, half and half. τ counts committed tokens per round, the bonus included; a
-position's acceptance is given that the positions before it were accepted.
+by content) and the files' own beginnings, half and half; prose is described in `dspark.demo.domains`. τ counts
+committed tokens per round, the bonus included; a position's acceptance is given that those before it were accepted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from dspark.common.sampling_params import SamplingParams
-from dspark.demo.corpus import held_out_texts
+from dspark.demo.domains import DOMAINS
 from dspark.demo.pair import demo_drafter_path, demo_target_path
 from dspark.drafters.registry import load_drafter
 from dspark.engine.llm import LLM
@@ -24,24 +24,11 @@ from dspark.models.loading import load_tokenizer
 from dspark.models.target import Target
 
 
-def prompts_of(target: Path, count: int, seed: int) -> list[list[int]]:
-    """Token ids; every second prompt is a file's beginning."""
-    listing = json.loads((target / "held_out.json").read_text(encoding="utf-8"))
-    tokenizer, rng = load_tokenizer(target), np.random.default_rng(seed)
-    texts = [text for _, text in held_out_texts(listing)]
-    prompts = []
-    for number in range(count):
-        lines = texts[number % len(texts)].splitlines(keepends=True)
-        first = 0 if number % 2 else int(rng.integers(0, max(1, len(lines) - 20)))
-        ids = tokenizer("".join(lines[first : first + 30]))["input_ids"]
-        prompts.append(ids[: int(rng.integers(24, 73))])
-    return prompts
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--target", type=Path, default=None)
     parser.add_argument("--drafter", default=None)
+    parser.add_argument("--domain", choices=sorted(DOMAINS), default="code")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7, 1.0])
@@ -51,7 +38,7 @@ def main() -> None:
     target = Target.load(directory)
     drafter = load_drafter(options.drafter or demo_drafter_path(), target, markov_top_k=options.markov_top_k)
     llm = LLM(target, drafter=drafter, compile=False)
-    prompts = prompts_of(directory, options.prompts, seed=0)
+    prompts = DOMAINS[options.domain](load_tokenizer(directory), directory, options.prompts, 0)
     for temperature in options.temperatures:
         results = llm.generate(prompts, SamplingParams(temperature=temperature, max_tokens=options.tokens))
         statistics = [result.statistics for result in results]

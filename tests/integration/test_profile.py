@@ -9,6 +9,8 @@ from engines import drain, engine, prompts, run
 from dspark.cli.main import main
 from dspark.common.errors import UserError
 from dspark.common.sampling_params import SamplingParams
+from dspark.engine.build import build_engine
+from dspark.engine.pricing import plan_with
 from dspark.engine.profile import Profile, cached_profile, ensure_profile, identity, keep, measure
 
 SECONDS = 0.3
@@ -113,3 +115,25 @@ def test_the_command(tiny_pair, cache, tmp_path, capsys):
     assert "a step without drafting" in out and "drafter: DSpark" in out
     assert set(identity(engine("dspark"))) == set(Profile.load(made).identity)
     assert len(json.loads(sps.read_text())["sample_batch_tokens"]) > 2
+
+
+def test_a_planner_that_weighs_costs_gets_them_from_the_engine(measured, cache, tmp_path, tiny_pair):
+    core = engine("dspark", **ROOM)
+    assert plan_with(core, "fixed:2") is None and core.meter is None
+    live = plan_with(core, "greedy", measured)
+    run(core, prompts((4, 9)), temperature=1.0, max_tokens=30)
+    assert core.planner.prices.cost is live.cost is not measured.cost, "the price never moved"
+    measured.save(tmp_path / "profile.json")
+    with pytest.raises(UserError, match="measured with drafter DSpark"):
+        plan_with(engine("ngram"), "greedy", tmp_path / "profile.json")
+    with pytest.raises(UserError, match="unknown"):
+        plan_with(core, "gredy")
+
+
+def test_engines_are_built_with_the_profile_kept_for_them(cache, tiny_pair):
+    options = {"compile": False, "max_running": 2, "pages": 100}
+    core = build_engine(tiny_pair.target, tiny_pair.drafter, "greedy", **options)
+    (kept,) = cache.iterdir()
+    assert core.planner.prices.cost == Profile.load(kept).cost
+    again = build_engine(tiny_pair.target, tiny_pair.drafter, "greedy", profile=kept, **options)
+    assert again.planner.prices.cost == core.planner.prices.cost

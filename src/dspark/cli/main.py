@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from dspark.cli import bench, data, demo, generate, profile, train
+from dspark.cli import bench, data, demo, evaluate, generate, profile, train
 from dspark.common.errors import UserError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(generate.generate)
 app.command()(train.train)
+app.command()(evaluate.evaluate)
 app.command()(profile.profile)
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")

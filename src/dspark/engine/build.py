@@ -11,6 +11,8 @@ from dspark.drafters.base import Drafter
 from dspark.drafters.ngram import NoDraft
 from dspark.drafters.registry import has_tokenizer, load_drafter
 from dspark.engine.config import EngineConfig
+from dspark.engine.pricing import plan_with
+from dspark.engine.profile import Profile
 from dspark.engine.step import EngineCore
 from dspark.models.loading import eos_token_ids, load_tokenizer
 from dspark.models.target import Target
@@ -25,9 +27,12 @@ def build_engine(
     device: str = "auto",
     dtype: str = "auto",
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    profile: Profile | str | Path | None = None,
     **options: object,
 ) -> EngineCore:
     """An engine for a model directory or hub id (or a Target); `options` are those of EngineConfig.
+
+    Planners that weigh costs take them from `profile`, else from the one kept for this engine, else they are measured.
 
     `drafter` "auto" is the directory `drafter` inside the target's, where there is one, else none: an engine is
     never slower than plain decoding because of a drafter that nobody chose.
@@ -45,14 +50,17 @@ def build_engine(
         drafter = beside if beside is not None and (beside / "config.json").is_file() else None
     if isinstance(drafter, str | Path):
         drafter = load_drafter(drafter, target)
-    return EngineCore(
+    core = EngineCore(
         target,
         drafter or NoDraft(target.vocab_size),
-        planner,
+        "none" if isinstance(planner, str) else planner,
         tokenizer=tokenizer,
         config=config,
         eos_token_ids=eos_token_ids(getattr(target.model, "generation_config", None), target.config, tokenizer),
     )
+    if isinstance(planner, str):
+        plan_with(core, planner, profile)
+    return core
 
 
 def find_tokenizer(source: str) -> PreTrainedTokenizerBase | None:

@@ -15,6 +15,7 @@ from dspark.common.errors import UserError
 from dspark.common.sampling_params import SamplingParams
 from dspark.drafters.base import Drafter
 from dspark.engine.build import build_engine
+from dspark.engine.profile import Profile
 from dspark.engine.request import Commit, FinishReason, RequestStatistics, TokenLogprob
 from dspark.engine.step import EngineCore
 from dspark.models.target import Target
@@ -55,15 +56,17 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+        profile: Profile | str | Path | None = None,
         **options: object,
     ):
         """`target` is a model directory, a hub id or a Target; `options` are those of `EngineConfig`.
 
         `drafter` names a drafter's directory or hub id, a smaller model's, "ngram" or None; "auto" takes what lies
-        in the target's directory under `drafter`.
+        in the target's directory under `drafter`. `profile` is for planners that weigh costs: one made by
+        `dspark profile`, else the one kept for this engine, else one measured now.
         """
         self.core: EngineCore = build_engine(
-            target, drafter, planner, device=device, dtype=dtype, tokenizer=tokenizer, **options
+            target, drafter, planner, device=device, dtype=dtype, tokenizer=tokenizer, profile=profile, **options
         )
         self._mail: dict[int, deque[Commit]] = {}
 

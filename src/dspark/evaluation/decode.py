@@ -47,21 +47,22 @@ class Contender:
         return self.tokens / sum(median(times) for times in self.seconds.values())
 
 
+def write_texts(core: EngineCore, prompts: Texts, params: SamplingParams) -> tuple[Texts, SpeculationStatistics]:
+    """What an idle engine writes after all prompts at once, and how it came."""
+    counted = SpeculationStatistics()
+    ids = [core.add(prompt, params) for prompt in prompts]
+    texts: dict[int, list[int]] = {request: [] for request in ids}
+    while not core.idle:
+        for commit in core.step():
+            texts[commit.request_id] += commit.token_ids
+            if commit.finish_reason:
+                counted.merge(commit.statistics)
+    return [texts[request] for request in ids], counted
+
+
 def engine_contender(name: str, core: EngineCore, params: SamplingParams) -> Contender:
     """The engine, all prompts of a batch at once."""
-
-    def write(prompts: Texts) -> tuple[Texts, SpeculationStatistics]:
-        counted = SpeculationStatistics()
-        ids = [core.add(prompt, params) for prompt in prompts]
-        texts: dict[int, list[int]] = {request: [] for request in ids}
-        while not core.idle:
-            for commit in core.step():
-                texts[commit.request_id] += commit.token_ids
-                if commit.finish_reason:
-                    counted.merge(commit.statistics)
-        return [texts[request] for request in ids], counted
-
-    return Contender(name, write)
+    return Contender(name, lambda prompts: write_texts(core, prompts, params))
 
 
 def library_contender(name: str, model: PreTrainedModel, params: SamplingParams, **options: Any) -> Contender:

@@ -1,0 +1,239 @@
+"""DSpark, DFlash and Eagle-3 trained alike for the demo target, and what each is worth on text nobody was trained on.
+
+python benchmarks/families.py --out DIR [--target DIR] [--train DIR --held-out DIR | --corpus train.npy] [--steps N]
+
+One command, one thread, resumable at any moment: it writes training text with the target where none is given, trains
+every run of `RUNS` by recipe with the same data, steps, batches and taps, lets the engine write both domains of
+`dspark.demo.domains` at temperature 1, and reports what is there so far in DIR/report.md, DIR/*.png and
+DIR/families.json. `--only NAME...` trains those runs alone, `--report` none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from families_report import write_report
+from transformers import AutoConfig
+
+from dspark.common.files import replacing_file
+from dspark.common.provenance import provenance
+from dspark.common.sampling_params import SamplingParams
+from dspark.demo.corpus import held_out_texts
+from dspark.demo.domains import DOMAINS, listing
+from dspark.demo.pair import demo_target_path
+from dspark.demo.selfplay import Prompts, self_play
+from dspark.drafters.registry import load_drafter
+from dspark.engine.build import build_engine
+from dspark.evaluation.acceptance import acceptance, measure
+from dspark.evaluation.reliability import by_position
+from dspark.models.loading import load_tokenizer
+from dspark.models.target import Target
+from dspark.training.config import TrainConfig, build
+from dspark.training.data import write_documents
+from dspark.training.features import Remembered
+from dspark.training.loop import Trainer
+
+SEEDS = (1, 2, 3)
+SHAPES: dict[str, dict[str, Any]] = {
+    "dspark": {"drafter": {"markov_rank": 128}},
+    "dflash": {
+        "drafter": {"markov_rank": 0, "confidence_head": False},
+        "loss": {"cross_entropy": 1.0, "l1": 0.0, "confidence": 0.0},
+    },
+    # DFlash with DSpark's loss: what of the gain is the loss, what the sequential head
+    "dflash_l1": {
+        "drafter": {"markov_rank": 0, "confidence_head": False},
+        "loss": {"cross_entropy": 0.1, "l1": 0.9, "confidence": 0.0},
+    },
+    "eagle3": {"drafter": {"family": "eagle3"}},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One drafter to train."""
+
+    family: str
+    layers: int = 2
+    gamma: int = 7
+    seed: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}-{self.layers}layers-gamma{self.gamma}-seed{self.seed}"
+
+
+RUNS = (  # in the order in which a report gains most
+    *(Run(family) for family in ("dspark", "dflash")),
+    *(Run(family, gamma=16) for family in ("dspark", "dflash")),
+    *(Run(family, seed=2) for family in ("dspark", "dflash")),
+    Run("dflash", layers=5),
+    *(Run(family, seed=3) for family in ("dspark", "dflash")),
+    *(Run("eagle3", layers=1, seed=seed) for seed in SEEDS),
+    *(Run(family, gamma=4) for family in ("dspark", "dflash")),
+    *(Run("dflash", layers=5, seed=seed) for seed in SEEDS[1:]),
+    Run("dspark", layers=5),
+    *(Run(family, layers=1) for family in ("dspark", "dflash")),
+    *(Run(family, gamma=10) for family in ("dspark", "dflash")),
+    Run("dflash_l1"),
+)
+
+
+def recipe(run: Run, options: argparse.Namespace, taps: list[int]) -> TrainConfig:
+    """The same for every run but for what the family is."""
+    own = SHAPES[run.family]
+    shape = {"layers": run.layers, "block_size": run.gamma, "taps": taps, "mask_token_id": 1} | own["drafter"]
+    fields = {
+        "target": str(options.target),
+        "train": str(options.train),
+        "held_out": str(options.held_out),
+        "drafter": shape,
+        "loss": own.get("loss", {}),
+        "start": options.start,
+        "steps": options.steps,
+        "batch": 8,
+        "micro_batch": 4,
+        "length": 256,
+        "anchors": 32,
+        "optimizer": "muon",
+        "lr": 2.0e-3,
+        "muon_lr": 0.01,
+        "precision": "bfloat16",
+        "device": "cpu",
+        "threads": 1,
+        "seed": run.seed,
+        "remember_features": True,
+        "log_every": 20,
+        "save_every": 40,
+        "evaluate_every": options.steps,
+        "evaluate_sequences": 32,
+    }
+    return build(TrainConfig, fields, run.name)
+
+
+def write_text(options: argparse.Namespace, target: Target) -> None:
+    """Training and held-out text by the target itself, where it is not there yet."""
+    tokenizer = load_tokenizer(options.target)
+    end = tokenizer.eos_token_id
+    ends = np.array([text.endswith("\n") for text in tokenizer.batch_decode([[i] for i in range(target.vocab_size)])])
+    texts = [text for _, text in held_out_texts(listing(options.target))]
+    held = np.concatenate([[end, *(t for t in tokenizer(text)["input_ids"] if t != end)] for text in texts])
+    for name, stream, tokens, seed in (("train", None, options.tokens, 1), ("held_out", held, 20_000, 2)):
+        where = getattr(options, name)
+        if (where / "tokens.npy").is_file():
+            continue
+        stream = np.load(options.corpus, mmap_mode="r") if stream is None else stream
+        prompts = Prompts(stream, ends, end, 64, seed)
+        written = self_play(target, prompts, tokens=tokens, rows=64, new_tokens=192, seed=seed, threads=1)
+        write_documents(where, written, vocabulary=target.vocab_size, about={"target": str(options.target)})
+
+
+def prompts_of(options: argparse.Namespace) -> dict[str, list[list[int]]]:
+    """The domains' prompts, drawn once: packages installed later must not change a run half way."""
+    path, tokenizer = options.out / "prompts.json", load_tokenizer(options.target)
+    if not path.is_file():
+        drawn = {name: make(tokenizer, options.target, options.prompts, 0) for name, make in DOMAINS.items()}
+        with replacing_file(path) as fresh:
+            fresh.write_text(json.dumps(drawn), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def evaluate(run: Run, options: argparse.Namespace, target: Target, export: Path) -> dict[str, Any]:
+    """τ, acceptance and reliability in each domain, and seconds of processor time a round costs."""
+    drafter = load_drafter(export, target)
+    results = {}
+    for domain, prompts in prompts_of(options).items():
+        core = build_engine(target, drafter, max_running=16, prefix_caching=False, compile=False, seed=run.seed)
+        core.runner.clock = time.thread_time  # one thread: what it costs, however busy the machine is
+        measured = measure(core, prompts, SamplingParams(max_tokens=options.new_tokens, ignore_eos=True))
+        times = {"target": core.timings.target, "drafter": core.timings.drafter, "total": core.timings.total}
+        results[domain] = acceptance(measured.statistics) | {
+            "tokens": sum(map(len, measured.texts)),
+            "steps": core.timings.steps,
+            "seconds": times,
+            "reliability": by_position(measured.records),
+        }
+    return results
+
+
+def train(run: Run, options: argparse.Namespace, target: Target, taps: list[int], memory: list[Remembered]) -> None:
+    """Train (or go on), evaluate, and write result.json last: a run that has it is finished.
+
+    `memory` keeps what the target said about each piece of text, which is the same for every run.
+    """
+    out = options.out / "runs" / run.name
+    if (out / "result.json").is_file():
+        return
+    started, cpu = time.time(), time.process_time()
+    trainer = Trainer(recipe(run, options, taps), out)
+    memory[:] = memory or [trainer.remembered]
+    trainer.remembered = memory[0]
+    resumed = trainer.step_number
+    trainer.run()
+    trained = time.process_time() - cpu
+    sizes = [p.numel() for p in trainer.parameters]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    result = {
+        "family": run.family,
+        "layers": run.layers,
+        "gamma": run.gamma,
+        "seed": run.seed,
+        "steps": options.steps,
+        "parameters": sum(sizes),
+        "training": {"cpu_seconds": trained, "resumed_at": resumed, "started": time.ctime(started)},
+        "predicted": next(line for line in reversed(log) if line.get("evaluation")),
+        "where": provenance(torch.device("cpu")),
+        "domains": evaluate(run, options, target, out / "export"),
+    }
+    with replacing_file(out / "result.json") as fresh:
+        fresh.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (out / "state.pt").unlink(missing_ok=True)
+    print(run.name, {name: round(found["tau"], 3) for name, found in result["domains"].items()}, flush=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--target", type=Path, default=demo_target_path())
+    parser.add_argument("--train", type=Path, help="text the target wrote; default: DIR/data/train, written first")
+    parser.add_argument("--held-out", type=Path, help="as --train, for the held-out prediction")
+    parser.add_argument("--corpus", type=Path, help=".npy of the target's corpus, to write the training text from")
+    parser.add_argument("--tokens", type=int, default=600_000, help="of training text to write")
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--start", default="target", help="target: from copies of its layers; random")
+    parser.add_argument("--prompts", type=int, default=48, help="in each domain")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--only", nargs="+", help="names of runs, or beginnings of names")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    options = parser.parse_args()
+    options.train = options.train or options.out / "data" / "train"
+    options.held_out = options.held_out or options.out / "data" / "held_out"
+    return options
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(1)
+    if not options.report:
+        target = Target.load(options.target, device="cpu")
+        write_text(options, target)
+        layers = AutoConfig.from_pretrained(options.target).num_hidden_layers
+        taps = [layers * (2 * i + 1) // 8 for i in range(4)]  # 8 layers: 1, 3, 5, 7
+        memory: list[Remembered] = []
+        for run in RUNS:
+            if options.only is None or any(run.name.startswith(name) for name in options.only):
+                train(run, options, target, taps, memory)
+                gc.collect()
+    write_report(options.out)
+
+
+if __name__ == "__main__":
+    main()
