@@ -33,7 +33,7 @@ from dspark.demo.selfplay import Prompts, self_play
 from dspark.drafters.registry import load_drafter
 from dspark.engine.build import build_engine
 from dspark.evaluation.acceptance import acceptance, measure
-from dspark.evaluation.reliability import by_position
+from dspark.evaluation.reliability import by_position, threshold_sweep
 from dspark.models.loading import load_tokenizer
 from dspark.models.target import Target
 from dspark.training.config import TrainConfig, build
@@ -41,6 +41,7 @@ from dspark.training.data import write_documents
 from dspark.training.features import Remembered
 from dspark.training.loop import Trainer
 
+TRAINED, RESULT = "trained.json", "result.json"
 SEEDS = (1, 2, 3)
 SHAPES: dict[str, dict[str, Any]] = {
     "dspark": {"drafter": {"markov_rank": 128}},
@@ -72,18 +73,16 @@ class Run:
 
 
 RUNS = (  # in the order in which a report gains most
-    *(Run(family) for family in ("dspark", "dflash")),
-    *(Run(family, gamma=16) for family in ("dspark", "dflash")),
-    *(Run(family, seed=2) for family in ("dspark", "dflash")),
-    Run("dflash", layers=5),
-    *(Run(family, seed=3) for family in ("dspark", "dflash")),
+    *(Run(family, seed=seed) for seed in SEEDS for family in ("dspark", "dflash")),
     *(Run("eagle3", layers=1, seed=seed) for seed in SEEDS),
     *(Run(family, gamma=4) for family in ("dspark", "dflash")),
+    Run("dflash", layers=5),
+    *(Run(family, gamma=16) for family in ("dspark", "dflash")),
     *(Run("dflash", layers=5, seed=seed) for seed in SEEDS[1:]),
     Run("dspark", layers=5),
+    Run("dflash_l1"),
     *(Run(family, layers=1) for family in ("dspark", "dflash")),
     *(Run(family, gamma=10) for family in ("dspark", "dflash")),
-    Run("dflash_l1"),
 )
 
 
@@ -141,8 +140,7 @@ def prompts_of(options: argparse.Namespace) -> dict[str, list[list[int]]]:
     path, tokenizer = options.out / "prompts.json", load_tokenizer(options.target)
     if not path.is_file():
         drawn = {name: make(tokenizer, options.target, options.prompts, 0) for name, make in DOMAINS.items()}
-        with replacing_file(path) as fresh:
-            fresh.write_text(json.dumps(drawn), encoding="utf-8")
+        write_json(path, drawn)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -160,43 +158,54 @@ def evaluate(run: Run, options: argparse.Namespace, target: Target, export: Path
             "steps": core.timings.steps,
             "seconds": times,
             "reliability": by_position(measured.records),
+            "thresholds": threshold_sweep(measured.records),
         }
     return results
 
 
-def train(run: Run, options: argparse.Namespace, target: Target, taps: list[int], memory: list[Remembered]) -> None:
-    """Train (or go on), evaluate, and write result.json last: a run that has it is finished.
+def train(run: Run, options: argparse.Namespace, taps: list[int], memory: list[Remembered]) -> None:
+    """Train, or go on; trained.json comes last.
 
     `memory` keeps what the target said about each piece of text, which is the same for every run.
     """
     out = options.out / "runs" / run.name
-    if (out / "result.json").is_file():
+    if (out / TRAINED).is_file():
         return
-    started, cpu = time.time(), time.process_time()
+    started = time.process_time()
     trainer = Trainer(recipe(run, options, taps), out)
     memory[:] = memory or [trainer.remembered]
     trainer.remembered = memory[0]
     resumed = trainer.step_number
     trainer.run()
-    trained = time.process_time() - cpu
-    sizes = [p.numel() for p in trainer.parameters]
     log = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    result = {
+    facts = {
         "family": run.family,
         "layers": run.layers,
         "gamma": run.gamma,
         "seed": run.seed,
         "steps": options.steps,
-        "parameters": sum(sizes),
-        "training": {"cpu_seconds": trained, "resumed_at": resumed, "started": time.ctime(started)},
+        "parameters": sum(p.numel() for p in trainer.parameters),
+        "training": {"cpu_seconds": time.process_time() - started, "resumed_at": resumed, "ended": time.ctime()},
         "predicted": next(line for line in reversed(log) if line.get("evaluation")),
         "where": provenance(torch.device("cpu")),
-        "domains": evaluate(run, options, target, out / "export"),
     }
-    with replacing_file(out / "result.json") as fresh:
-        fresh.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(out / TRAINED, facts)
     (out / "state.pt").unlink(missing_ok=True)
-    print(run.name, {name: round(found["tau"], 3) for name, found in result["domains"].items()}, flush=True)
+
+
+def judge(run: Run, options: argparse.Namespace, target: Target) -> None:
+    """Evaluate a trained run; result.json comes last, and a run that has it is finished."""
+    out = options.out / "runs" / run.name
+    if not (out / RESULT).is_file():
+        facts = json.loads((out / TRAINED).read_text(encoding="utf-8"))
+        domains = evaluate(run, options, target, out / "export")
+        write_json(out / RESULT, facts | {"domains": domains})
+        print(run.name, {name: round(found["tau"], 3) for name, found in domains.items()}, flush=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    with replacing_file(path) as fresh:
+        fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:
@@ -230,7 +239,8 @@ def main() -> None:
         memory: list[Remembered] = []
         for run in RUNS:
             if options.only is None or any(run.name.startswith(name) for name in options.only):
-                train(run, options, target, taps, memory)
+                train(run, options, taps, memory)
+                judge(run, options, target)
                 gc.collect()
     write_report(options.out)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +37,9 @@ def check_matplotlib() -> None:
 
 def draw(path: Path, panels: Sequence[Panel], *, title: str = "") -> None:
     """Panels side by side, one legend for all."""
-    with figure(path, len(panels), title) as axes:
-        names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
+    names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
+    columns = 2 if max(map(len, names), default=0) > 28 else 3
+    with figure(path, len(panels), title, legend_rows=-(-len(names) // columns)) as axes:
         for ax, panel in zip(axes, panels, strict=True):
             _panel(ax, panel, names)
         handles = {h.get_label(): h for ax in axes for h in ax.get_lines() if not h.get_label().startswith("_")}
@@ -46,25 +48,28 @@ def draw(path: Path, panels: Sequence[Panel], *, title: str = "") -> None:
                 [handles[name] for name in names],
                 names,
                 loc="outside lower center",
-                ncols=min(len(names), 2 if max(map(len, names)) > 28 else 3),
+                ncols=min(len(names), columns),
                 frameon=False,
                 fontsize=9,
             )
 
 
 @contextmanager
-def figure(path: Path, count: int, title: str) -> Iterator[list[Any]]:
+def figure(path: Path, count: int, title: str, *, legend_rows: int) -> Iterator[list[Any]]:
     """`count` axes side by side; the file appears whole when the block ends well."""
     check_matplotlib()
     from matplotlib.figure import Figure  # without pyplot: no window system, no state between figures
+    from PIL import Image  # comes with matplotlib
 
     width = SIZE[0] if count == 1 else 4.6 * count
-    drawn = Figure(figsize=(width, SIZE[1]), dpi=DPI, layout="constrained")
+    drawn = Figure(figsize=(width, SIZE[1] + 0.2 * legend_rows), dpi=DPI, layout="constrained")
     if title:
         drawn.suptitle(title, fontsize=11)
     yield list(drawn.subplots(1, count, squeeze=False)[0])
-    with replacing_file(path) as fresh:
-        drawn.savefig(fresh, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
+    raw = BytesIO()
+    drawn.savefig(raw, format="png")
+    with replacing_file(path) as fresh:  # flat colours: a palette is a third of the size and looks the same
+        Image.open(raw).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(fresh, format="png", optimize=True)
 
 
 def _panel(ax: Any, panel: Panel, names: Sequence[str]) -> None:
