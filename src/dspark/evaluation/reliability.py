@@ -25,8 +25,8 @@ def by_position(records: Sequence[RoundRecord]) -> dict[str, list[dict[str, Any]
 def threshold_sweep(records: Sequence[RoundRecord], steps: int = 20) -> list[dict[str, float | None]]:
     """What a plan `threshold:C` would have verified and accepted of the rounds that were verified in full, by C.
 
-    Rounds in which nothing was drafted are not among them. The same rounds are cut at every threshold, so the curve has no noise between its points; only which rounds come
-    about at all would differ a little in a run of its own.
+    Rounds in which nothing was drafted are not among them. The same rounds are cut at every threshold, so the curve has
+    no noise between its points; only which rounds come about at all would differ a little in a run of its own.
     """
     whole = [record for record in records if record.full]
     return [sweep_point(whole, step / steps) for step in range(steps)] if whole else []
