@@ -38,7 +38,6 @@ from dspark.models.loading import load_tokenizer
 from dspark.models.target import Target
 from dspark.training.config import TrainConfig, build
 from dspark.training.data import write_documents
-from dspark.training.features import Remembered
 from dspark.training.loop import Trainer
 
 TRAINED, RESULT = "trained.json", "result.json"
@@ -109,7 +108,7 @@ def recipe(run: Run, options: argparse.Namespace, taps: list[int]) -> TrainConfi
         "device": "cpu",
         "threads": 1,
         "seed": run.seed,
-        "remember_features": True,
+        "features": {"mode": "hybrid", "directory": str(options.out / "features")},  # the same for every run
         "log_every": 20,
         "save_every": 40,
         "evaluate_every": options.steps,
@@ -163,18 +162,13 @@ def evaluate(run: Run, options: argparse.Namespace, target: Target, export: Path
     return results
 
 
-def train(run: Run, options: argparse.Namespace, taps: list[int], memory: list[Remembered]) -> None:
-    """Train, or go on; trained.json comes last.
-
-    `memory` keeps what the target said about each piece of text, which is the same for every run.
-    """
+def train(run: Run, options: argparse.Namespace, taps: list[int]) -> None:
+    """Train, or go on; trained.json comes last."""
     out = options.out / "runs" / run.name
     if (out / TRAINED).is_file():
         return
     started = time.process_time()
     trainer = Trainer(recipe(run, options, taps), out)
-    memory[:] = memory or [trainer.remembered]
-    trainer.remembered = memory[0]
     resumed = trainer.step_number
     trainer.run()
     log = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -236,10 +230,9 @@ def main() -> None:
         write_text(options, target)
         layers = AutoConfig.from_pretrained(options.target).num_hidden_layers
         taps = [layers * (2 * i + 1) // 8 for i in range(4)]  # 8 layers: 1, 3, 5, 7
-        memory: list[Remembered] = []
         for run in RUNS:
             if options.only is None or any(run.name.startswith(name) for name in options.only):
-                train(run, options, taps, memory)
+                train(run, options, taps)
                 judge(run, options, target)
                 gc.collect()
     write_report(options.out)

@@ -28,22 +28,27 @@ def every_anchor(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def sample_anchors(batch: Batch, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Up to `count` random eligible positions a row, in order.
+    """Up to `count` random eligible positions of every document, in order.
 
-    Returns (anchor_BA int64, keep_BA bool): where a row has fewer, the rest repeat an eligible place with keep false.
-    A row's anchors are a function of (seed, its first piece): the same on every device, beside any other rows.
+    Returns (anchor_BA int64, keep_BA bool): rows with fewer repeat their last one with keep false. A piece's anchors
+    are a function of (seed, piece): the same on every device, whatever shares its row or its batch.
     """
-    eligible_BS = eligible(batch).cpu()
-    count = max(1, min(count, int(eligible_BS.sum(1).max())))  # no more than the richest row has
-    first_B1 = torch.tensor([[row[0]] for row in batch.pieces])
-    row_seed_B1 = hash64(torch.full_like(first_B1, seed), first_B1, ANCHORS)
-    lot_BS = uniform(row_seed_B1, torch.arange(eligible_BS.shape[1]), ANCHORS).masked_fill(~eligible_BS, -1.0)
-    lot_BA, anchor_BA = lot_BS.topk(count, dim=1)
-    keep_BA = lot_BA >= 0
-    anchor_BA = torch.where(keep_BA, anchor_BA, anchor_BA[:, :1])
-    order_BA = torch.where(keep_BA, anchor_BA, eligible_BS.shape[1]).argsort(dim=1, stable=True)
+    eligible_BS, start_BS = eligible(batch).cpu(), batch.start_BS.cpu()
+    order_BS = torch.arange(start_BS.shape[1]).expand_as(start_BS)
+    piece_BS = torch.full_like(start_BS, -1)
+    for piece, row, begin, end in batch.spans:
+        piece_BS[row, begin:end] = piece
+    seed_BS = hash64(torch.full_like(piece_BS, seed), piece_BS, ANCHORS)
+    lot_BS = uniform(seed_BS, order_BS - start_BS, ANCHORS).masked_fill(~eligible_BS, -1.0)
+    # Documents follow one another, so that sorting within each leaves it in its place, and ranks count from its start.
+    sorted_BS = (2.0 * start_BS - lot_BS).argsort(dim=1)
+    drawn_BS = torch.zeros_like(eligible_BS).scatter(1, sorted_BS, order_BS - start_BS < count) & eligible_BS
+    most = max(1, int(drawn_BS.sum(1).max()))
+    anchor_BA = torch.where(drawn_BS, order_BS, start_BS.shape[1]).sort(dim=1).values[:, :most]
+    keep_BA = anchor_BA < start_BS.shape[1]
+    last_B1 = anchor_BA.masked_fill(~keep_BA, 0).amax(1, keepdim=True)
     device = batch.token_BS.device
-    return anchor_BA.gather(1, order_BA).to(device), keep_BA.gather(1, order_BA).to(device)
+    return torch.where(keep_BA, anchor_BA, last_B1).to(device), keep_BA.to(device)
 
 
 def labels(batch: Batch, anchor_BA: Tensor, keep_BA: Tensor, slots: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from dspark.common.errors import UserError
+from dspark.training.features.modes import FeatureConfig
 from dspark.training.objectives import Weights
 
 
@@ -40,10 +41,11 @@ class TrainConfig:
     start: str = "target"  # without init: the target's own layers, or random ones
     steps: int = 1000
     epochs: float = 0.0  # above 0: as many steps as these passes over the data take
-    batch: int = 16  # sequences in a step, over all ranks
-    micro_batch: int = 4  # sequences in one forward; on the CPU each of `threads` workers runs one at a time
+    batch: int = 16  # rows in a step, over all ranks
+    micro_batch: int = 4  # rows in one forward; on the CPU each of `threads` workers runs one at a time
     length: int = 512  # tokens in a sequence, at most
-    anchors: int = 64  # blocks in a sequence
+    row_tokens: int = 0  # above 0: whole sequences are packed into rows of up to so many tokens
+    anchors: int = 64  # blocks in a sequence, where the drafter does not draft from every position
     optimizer: str = "adamw"  # or muon
     lr: float = 6e-4
     muon_lr: float = 0.02  # of matrices, with optimizer: muon
@@ -52,7 +54,7 @@ class TrainConfig:
     clip: float = 1.0
     ema: float = 0.0  # above 0: what is evaluated and exported is the weights' moving average of this decay
     loss: Weights = field(default_factory=Weights)
-    remember_features: bool = False  # keep the target's hidden states in memory: later epochs run no target
+    features: FeatureConfig = field(default_factory=FeatureConfig)
     precision: str = "float32"  # or bfloat16: autocast over float32 weights
     device: str = "auto"
     threads: int = 2
@@ -82,12 +84,19 @@ class TrainConfig:
             raise UserError(f"{name} is {getattr(self, name)}; give 0 (none) or more")
         if self.shard_target and self.tensor_parallel > 1:
             raise UserError(f"shard_target and tensor_parallel {self.tensor_parallel} both split the target; use one")
+        if self.features.mode != "online" and (self.shard_target or self.tensor_parallel > 1):
+            raise UserError(
+                f"features: mode {self.features.mode} needs the whole target on every rank; "
+                "drop shard_target and tensor_parallel, or use mode online"
+            )
         if self.batch % self.micro_batch:
             raise UserError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}; make it one")
         if self.save_every % self.log_every:
             raise UserError(f"save_every {self.save_every} is no multiple of log_every {self.log_every}; make it one")
         if self.length < self.drafter.block_size + 1:
             raise UserError(f"length {self.length} has no room for a block of {self.drafter.block_size}; lengthen it")
+        if self.row_tokens and self.row_tokens < self.length:
+            raise UserError(f"row_tokens {self.row_tokens} is less than length {self.length}; give 0 or no less")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} {getattr(self, name)!r} is not known; use {' or '.join(choices)}")
@@ -98,7 +107,7 @@ POSITIVE = (
     *("evaluate_sequences", "keep", "tensor_parallel"),
 )
 CHOICES = {"optimizer": ("adamw", "muon"), "precision": ("float32", "bfloat16"), "start": ("target", "random")}
-SECTIONS: dict[str, type] = {"drafter": DrafterShape, "loss": Weights}
+SECTIONS: dict[str, type] = {"drafter": DrafterShape, "loss": Weights, "features": FeatureConfig}
 CAN_CHANGE = (
     *("target", "train", "held_out", "device", "threads", "micro_batch", "shard_drafter", "shard_target"),
     *("tensor_parallel", "log_every", "save_every", "evaluate_every", "patience", "keep", "tensorboard", "wandb"),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dspark.common.errors import UserError
 from dspark.common.files import replacing_directory
+from dspark.training.packing import Packing, Row
 
 Document = tuple[Sequence[int], Sequence[int]]
 """(token ids, loss mask), of equal length."""
@@ -73,23 +74,45 @@ class GrowingArray:
         self.file.close()
 
 
+class Span(NamedTuple):
+    """Where a piece lies in a batch: positions [begin, end) of a row."""
+
+    piece: int
+    row: int
+    begin: int
+    end: int
+
+
 class Batch(NamedTuple):
     """Rows of packed documents; padding on the right is a document of its own, of token 0 with mask false."""
 
     token_BS: Tensor  # int64
     mask_BS: Tensor  # bool, supervised
     start_BS: Tensor  # int64, where in its row the document of each position begins
-    pieces: tuple[tuple[int, ...], ...]  # the numbers of the pieces in each row, in order
+    pieces: tuple[Row, ...]  # the numbers of the pieces in each row, in order
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
         return Batch(self.token_BS.to(device), self.mask_BS.to(device), self.start_BS.to(device), self.pieces)
 
+    @property
+    def spans(self) -> list[Span]:
+        """Every piece, row by row."""
+        found = []
+        for row, (pieces, start_S) in enumerate(zip(self.pieces, self.start_BS.cpu(), strict=True)):
+            bounds = [*start_S.unique_consecutive().tolist(), len(start_S)]
+            found += [Span(piece, row, bounds[i], bounds[i + 1]) for i, piece in enumerate(pieces)]
+        return found
+
 
 class Documents:
-    """Sequences of at most `length` tokens: each document cut into pieces that hold something to learn."""
+    """Documents cut into pieces of at most `length` tokens that hold something to learn, and packed into rows.
 
-    def __init__(self, directory: str | Path, length: int) -> None:
+    A row has up to `row_tokens` tokens of whole pieces; 0 for one piece a row.
+    """
+
+    def __init__(self, directory: str | Path, length: int, row_tokens: int = 0) -> None:
+        self.directory = Path(directory)
         self.tokens, self.mask, self.offsets = (read(directory, name) for name in ("tokens", "mask", "offsets"))
         self.length = length
         if len(self.tokens) != len(self.mask) or len(self.tokens) != self.offsets[-1]:
@@ -105,36 +128,42 @@ class Documents:
         ]
         if not self.pieces:
             raise UserError(f"{directory} has no supervised tokens; check its mask.npy")
+        self.packing = Packing([end - start for start, end in self.pieces], row_tokens)
 
     def __len__(self) -> int:
-        return len(self.pieces)
+        """How many rows an epoch has."""
+        return len(self.packing)
 
-    def size(self, number: int) -> int:
-        """How many tokens a piece has."""
-        start, end = self.pieces[number]
-        return end - start
+    def size(self, row: Row) -> int:
+        """How many tokens a row's pieces have."""
+        return sum(end - start for start, end in (self.pieces[number] for number in row))
 
-    def batch(self, numbers: Sequence[int]) -> Batch:
-        """The numbered pieces, one a row."""
-        pieces = [self.pieces[number] for number in numbers]
-        width = max(end - start for start, end in pieces)
-        token_BS = torch.zeros(len(pieces), width, dtype=torch.long)
-        mask_BS = torch.zeros(len(pieces), width, dtype=torch.bool)
-        start_BS = torch.zeros(len(pieces), width, dtype=torch.long)
-        for row, (start, end) in enumerate(pieces):
-            token_BS[row, : end - start] = torch.from_numpy(self.tokens[start:end].astype(np.int64))
-            mask_BS[row, : end - start] = torch.from_numpy(self.mask[start:end] > 0)
-            start_BS[row, end - start :] = end - start
-        return Batch(token_BS, mask_BS, start_BS, tuple((number,) for number in numbers))
+    def rows(self, step: int, batch: int, seed: int) -> list[Row]:
+        """What step `step` reads: a new shuffle every epoch, a function of seed and step alone."""
+        return self.packing.rows(step, batch, seed)
 
-    def numbers(self, step: int, batch: int, seed: int) -> list[int]:
-        """Which pieces step `step` reads: a new shuffle every epoch, a function of seed and step alone."""
-        wanted = range(step * batch, (step + 1) * batch)
-        orders = {
-            epoch: np.random.default_rng((seed, epoch)).permutation(len(self.pieces))
-            for epoch in {place // len(self.pieces) for place in wanted}
-        }
-        return [int(orders[place // len(self.pieces)][place % len(self.pieces)]) for place in wanted]
+    def spread(self, count: int) -> list[Row]:
+        """Up to `count` rows, always the same, evenly spaced."""
+        rows = self.packing.plain()
+        count = min(count, len(rows))
+        return [rows[i * len(rows) // count] for i in range(count)]
+
+    def batch(self, rows: Sequence[Row]) -> Batch:
+        """These rows, as wide as the widest."""
+        shape = len(rows), max(self.size(row) for row in rows)
+        token_BS, mask_BS = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+        start_BS = torch.zeros(shape, dtype=torch.long)
+        for index, row in enumerate(rows):
+            place = 0
+            for number in row:
+                start, end = self.pieces[number]
+                here = slice(place, place + end - start)
+                token_BS[index, here] = torch.from_numpy(self.tokens[start:end].astype(np.int64))
+                mask_BS[index, here] = torch.from_numpy(self.mask[start:end] > 0)
+                start_BS[index, place:] = place
+                place = here.stop
+            start_BS[index, place:] = place
+        return Batch(token_BS, mask_BS, start_BS, tuple(rows))
 
 
 def read(directory: str | Path, name: str) -> np.ndarray[Any, Any]:

@@ -29,17 +29,18 @@ from dspark.training.checkpoint import Checkpoints, cut_log, restore, tensors_of
 from dspark.training.config import TrainConfig, as_plain, check_resumable, load_config
 from dspark.training.data import Documents
 from dspark.training.drafter import create
-from dspark.training.features import OnlineTarget, Remembered
+from dspark.training.features import OnlineTarget, open_features
 from dspark.training.forward import goal
 from dspark.training.gradients import Gradients, Replicated, Sharded
 from dspark.training.metrics import Sums, combine, measure, predicted, readable, walk
 from dspark.training.objectives import Objective
 from dspark.training.optimizer import learning_rate, optimizers_of, whole
+from dspark.training.packing import Row
 from dspark.training.report import Report, reporting, write_run
 from dspark.training.sharding import Ranks, joined, load_target, shard_drafter, shard_target
 
-Job = Sequence[int]
-"""The numbers of a micro-batch's pieces."""
+Job = Sequence[Row]
+"""The rows of a micro-batch."""
 
 
 class Trainer:
@@ -50,7 +51,9 @@ class Trainer:
         self.ranks = ranks or Ranks.alone(config.device)
         self.best: dict[str, float] = {}  # step and τ of the best evaluation
         self.stale = 0  # evaluations since then
-        self.train_data, self.held_out = (Documents(path, config.length) for path in (config.train, config.held_out))
+        self.train_data, self.held_out = (
+            Documents(path, config.length, config.row_tokens) for path in (config.train, config.held_out)
+        )
         passes = config.epochs * len(self.train_data) / config.batch
         self.steps = math.ceil(passes) if config.epochs else config.steps
         check_share(config, self.ranks)
@@ -69,9 +72,10 @@ class Trainer:
             model, config.drafter, anchors=config.anchors, seed=config.seed, init=config.init, start=config.start
         )
         self.target = OnlineTarget(model, self.drafter.taps)
-        self.remembered = Remembered(self.target) if config.remember_features else None
         if config.shard_target and ranks.size > 1:
             shard_target(model, ranks)
+        place, share = self.out / "features", (ranks.rank, ranks.size)
+        self.features = open_features(config.features, self.target, self.train_data, place, share=share)
         sharded = config.shard_drafter and ranks.size > 1
         if sharded:
             shard_drafter(self.drafter, ranks)
@@ -144,8 +148,8 @@ class Trainer:
     def step(self) -> Sums:
         """One optimizer step; returns what it measured over all ranks, still on the device."""
         config = self.config
-        numbers = self.train_data.numbers(self.step_number, config.batch, config.seed)
-        goals = self.gradients(self.goal_of(self.train_data, self.step_number), self.share(numbers))
+        rows = self.train_data.rows(self.step_number, config.batch, config.seed)
+        goals = self.gradients(self.goal_of(self.train_data, self.step_number), self.share(rows))
         sums = measure(goals)
         self.ranks.sum_(sums.values())
         weight = sums["weight"].clamp(min=1e-8)
@@ -159,7 +163,7 @@ class Trainer:
         for name, tensor in self.average.items():
             tensor.lerp_(trainable(self.drafter)[name], 1 - config.ema)
         self.step_number += 1
-        tokens = sum(self.train_data.size(number) for number in numbers)
+        tokens = sum(self.train_data.size(row) for row in rows)
         return sums | {"tokens": torch.tensor(tokens), "gradient_norm": norm.detach()}
 
     def check_finite(self, what: str, value: Tensor) -> None:
@@ -170,16 +174,16 @@ class Trainer:
                 "restart with a lower lr and another --out"
             )
 
-    def share(self, numbers: Sequence[int]) -> list[Job]:
+    def share(self, rows: Sequence[Row]) -> list[Job]:
         """This rank's micro-batches."""
         size = self.config.micro_batch
-        parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         return parts[self.ranks.rank :: self.ranks.size]
 
     def goal_of(self, data: Documents, step: int, *, everywhere: bool = False) -> Callable[[Job], Objective]:
-        """The objective of a micro-batch as a function of its pieces; anchors are drawn from (seed, step, piece)."""
+        """The objective of a micro-batch as a function of its rows; anchors are drawn from (seed, step, piece)."""
         config = self.config
-        source = self.remembered if self.remembered and data is self.train_data else self.target
+        source = self.features if data is self.train_data else self.target
 
         def objective_of(job: Job) -> Objective:
             batch = data.batch(job).to(self.ranks.device)
@@ -202,10 +206,9 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """Losses on held-out text, and the τ and acceptance by position that the engine would measure (`walk`)."""
-        count = min(self.config.evaluate_sequences, len(self.held_out))
-        spread = [i * len(self.held_out) // count for i in range(count)]
+        spread = self.held_out.spread(self.config.evaluate_sequences)
         size, ranks = self.config.micro_batch, self.ranks
-        jobs = [spread[i : i + size] for i in range(0, count, size)]
+        jobs = [spread[i : i + size] for i in range(0, len(spread), size)]
         places = range(ranks.rank, len(jobs) + -len(jobs) % ranks.size, ranks.size)  # as many on every rank
         objective_of = self.goal_of(self.held_out, 0, everywhere=True)
 
@@ -244,6 +247,7 @@ class Trainer:
             self.check_finite(f"sum of {name}", whole(tensor.sum()))
         state = {"best": self.best, "stale": self.stale, "data": self.data_sums, "config": as_plain(self.config)}
         tensors = tensors_of(self.drafter, self.optimizers, self.average)
+        self.features.flush()
         self.checkpoints.save(self.step_number, tensors, state)
         with self.averaged():
             self.export(self.out / "export")

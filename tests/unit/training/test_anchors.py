@@ -62,3 +62,24 @@ def test_an_anchor_at_every_position():
     anchor_BA, keep_BA = every_anchor(batch)
     assert anchor_BA.tolist() == [[0, 1, 2, 3, 4, 5]]
     assert keep_BA.tolist() == [[True, False, False, False, True, False]]
+
+
+def test_a_document_has_the_same_anchors_alone_and_packed():
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.rand(size, generator=generator) < 0.8 for size in (14, 9, 20)]
+    start_BS = torch.tensor([[0] * 14 + [14] * 9 + [23] * 20])
+    packed = batch_of(torch.cat(masks)[None], start_BS=start_BS)._replace(pieces=((5, 3, 8),))
+    anchor_BA, keep_BA = sample_anchors(packed, 4, 7)
+    together = anchor_BA[keep_BA].tolist()
+    apart = []
+    for piece, mask, begin in zip((5, 3, 8), masks, (0, 14, 23), strict=True):
+        alone_BA, kept_BA = sample_anchors(batch_of(mask[None])._replace(pieces=((piece,),)), 4, 7)
+        assert kept_BA.sum() == 4
+        apart += [begin + a for a in alone_BA[kept_BA].tolist()]
+    assert together == apart
+
+
+def test_rows_with_fewer_anchors_repeat_their_last():
+    anchor_BA, keep_BA = sample_anchors(batch_of([[1, 1, 1, 1, 1], [0, 1, 1, 0, 0], [0] * 5]), 3, 0)
+    assert keep_BA.sum(1).tolist() == [3, 1, 0]
+    assert anchor_BA[1].tolist() == [1, 1, 1] and anchor_BA[2].tolist() == [0, 0, 0]

@@ -25,27 +25,36 @@ def directory(tmp_path):
 def test_documents_are_cut_and_padded(directory):
     data = Documents(directory, 6)
     assert len(data) == 3
-    token_BS, mask_BS, start_BS, pieces = data.batch([0, 1, 2])
+    token_BS, mask_BS, start_BS, pieces = data.batch([(0,), (1,), (2,)])
     assert start_BS.tolist() == [[0] * 6, [0, 0, 0, 0, 4, 4], [0, 0, 0, 3, 3, 3]] and pieces == ((0,), (1,), (2,))
     assert token_BS.tolist() == [[10, 11, 12, 13, 14, 15], [16, 17, 18, 19, 0, 0], [30, 31, 32, 0, 0, 0]]
     assert mask_BS.long().tolist() == [[0, 0, 0, 0, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]]
-    assert [data.size(n) for n in range(3)] == [6, 4, 3]
+    assert [data.size((n,)) for n in range(3)] == [6, 4, 3] and data.size((0, 2)) == 9
     assert json.loads((directory / "about.json").read_text()) == {"seed": 1}
 
 
 def test_every_epoch_reads_everything_once_in_another_order(directory):
     data = Documents(directory, 3)
     count = len(data)
-    read = [n for step in range(count * 2) for n in data.numbers(step, 3, seed=5)]
+    read = [n for step in range(count * 2) for n in data.rows(step, 3, seed=5)]
     epochs = [read[i * count : (i + 1) * count] for i in range(6)]
-    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    assert all(sorted(epoch) == [(n,) for n in range(count)] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert data.numbers(4, 3, seed=5) == read[12:15]
+    assert data.rows(4, 3, seed=5) == read[12:15]
+
+
+def test_packed_rows_keep_their_pieces_apart(directory):
+    data = Documents(directory, 6, row_tokens=9)
+    assert data.spread(9) == [(0, 2), (1,)]
+    batch = data.batch([(0, 2), (1,)])
+    assert batch.token_BS.tolist() == [[10, 11, 12, 13, 14, 15, 30, 31, 32], [16, 17, 18, 19, 0, 0, 0, 0, 0]]
+    assert batch.start_BS.tolist() == [[0] * 6 + [6] * 3, [0] * 4 + [4] * 5]
+    assert batch.spans == [(0, 0, 0, 6), (2, 0, 6, 9), (1, 1, 0, 4)]
 
 
 def test_large_vocabularies(tmp_path):
     write_documents(tmp_path / "d", [([70_000, 70_001], [1, 1])], vocabulary=150_000)
-    assert torch.equal(Documents(tmp_path / "d", 8).batch([0]).token_BS, torch.tensor([[70_000, 70_001]]))
+    assert torch.equal(Documents(tmp_path / "d", 8).batch([(0,)]).token_BS, torch.tensor([[70_000, 70_001]]))
 
 
 def test_bad_directories(directory, tmp_path):

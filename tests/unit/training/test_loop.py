@@ -16,6 +16,7 @@ from dspark.drafters import checkpoint
 from dspark.training import loop
 from dspark.training.config import as_plain
 from dspark.training.drafter import even_taps
+from dspark.training.features import FeatureConfig
 from dspark.training.forward import goal
 from dspark.training.loop import Trainer, main
 
@@ -25,7 +26,12 @@ def losses(out):
     return {line["step"]: line["loss"] for line in lines if "evaluation" not in line}
 
 
-CHANGES = [{}, {"start": "random"}, {"optimizer": "muon"}, {"precision": "bfloat16", "remember_features": True}]
+CHANGES = [
+    {"row_tokens": 70},
+    {"start": "random"},
+    {"optimizer": "muon", "features": FeatureConfig("cached", format="float8")},
+    {"precision": "bfloat16", "features": FeatureConfig("hybrid", directory="memory")},
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
@@ -55,7 +61,7 @@ def test_dflash_and_a_warm_start(recipe, tmp_path):
 
 
 def test_killed_and_continued_it_has_the_same_losses(recipe, tmp_path):
-    whole = replace(recipe, steps=30)
+    whole = replace(recipe, steps=30, row_tokens=60, features=FeatureConfig("hybrid", format="float8"))
     Trainer(whole, tmp_path / "whole").run()
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(as_plain(whole)))

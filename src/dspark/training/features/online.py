@@ -1,4 +1,4 @@
-"""What the frozen target says about a batch: its taps, and its distribution at the slots that are drafted.
+"""The target runs in the training step: nothing is stored.
 
 B rows, S tokens, N wanted positions, V vocabulary, D hidden size, k taps.
 """
@@ -38,10 +38,19 @@ class OnlineTarget:
             module = self.decoder.embed_tokens if tap == -1 else self.decoder.layers[tap]
             module.register_forward_hook(keep)
 
+    @property
+    def hidden(self) -> int:
+        """D."""
+        return int(self.decoder.config.hidden_size)
+
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(taps [B, S, k·D], last hidden state after the final norm [B, S, D])."""
-        last_BSD = self.decoder(input_ids=batch.token_BS, use_cache=False).last_hidden_state
+        # Positions that restart make transformers keep the documents of a row apart.
+        order_S = torch.arange(batch.token_BS.shape[1], device=batch.token_BS.device)
+        packed = any(len(pieces) > 1 for pieces in batch.pieces)
+        where = {"position_ids": order_S - batch.start_BS} if packed else {}
+        last_BSD = self.decoder(input_ids=batch.token_BS, use_cache=False, **where).last_hidden_state
         if not self.taps:
             return last_BSD[..., :0], last_BSD
         return torch.cat([self.seen.__dict__[str(tap)] for tap in self.taps], dim=-1), last_BSD
@@ -51,33 +60,5 @@ class OnlineTarget:
         """The target's logits [N, V] of last hidden states."""
         return softcapped(self.head(last_ND), self.softcap)
 
-
-class Remembered:
-    """Keeps what a target said about each numbered piece of text: later epochs cost no target forward.
-
-    Memory is (k + 1)·D·2 bytes a token, on the CPU; meant for small targets and little text.
-    """
-
-    def __init__(self, target: OnlineTarget) -> None:
-        self.target, self.logits = target, target.logits
-        self.pieces: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As the target's own call, for rows of one piece each. All is rounded to bfloat16, seen before or not."""
-        token_BS, numbers = batch.token_BS, [number for (number,) in batch.pieces]
-        if any(number not in self.pieces for number in numbers):
-            taps_BSD, last_BSD = self.target(batch)
-            self.dtype = last_BSD.dtype
-            for row, number in enumerate(numbers):
-                self.pieces[number] = (taps_BSD[row].bfloat16().cpu(), last_BSD[row].bfloat16().cpu())
-        width, device = token_BS.shape[1], token_BS.device
-        found = zip(*(self.pieces[number] for number in numbers), strict=True)
-        taps_BSD, last_BSD = (torch.stack([fitted(x, width) for x in rows]).to(device, self.dtype) for rows in found)
-        return taps_BSD, last_BSD
-
-
-def fitted(x_SD: Tensor, width: int) -> Tensor:
-    """Cut or padded with zeros to `width` positions: what lies past a piece's end is read by no label."""
-    if len(x_SD) >= width:
-        return x_SD[:width]
-    return torch.nn.functional.pad(x_SD, (0, 0, 0, width - len(x_SD)))
+    def flush(self) -> None:
+        """Nothing is stored."""
