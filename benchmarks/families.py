@@ -130,7 +130,9 @@ def write_text(options: argparse.Namespace, target: Target) -> None:
             continue
         stream = np.load(options.corpus, mmap_mode="r") if stream is None else stream
         prompts = Prompts(stream, ends, end, 64, seed)
-        written = self_play(target, prompts, tokens=tokens, rows=64, new_tokens=192, seed=seed, threads=1)
+        core = build_engine(target, "none", "none", prefix_caching=False, seed=seed)
+        core.wait_compiled()
+        written = self_play(core, prompts, tokens=tokens, new_tokens=192, seed=seed)
         write_documents(where, written, vocabulary=target.vocab_size, about={"target": str(options.target)})
 
 
