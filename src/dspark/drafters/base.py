@@ -79,7 +79,8 @@ class Drafter(Protocol):
         """Take a target forward's rows into the context: `taps_TD` is the taps' hidden states, concatenated (k·D wide).
 
         Rows of rejected drafts come along: like the target's own keys they lie past the committed text, where the
-        next rows overwrite them before anything reads them.
+        next rows overwrite them before anything reads them. A drafter whose class says `rows_apart = True` takes each
+        row for itself, by `position_T` and `slot_T` alone, so that rows of several steps may come together, later.
         """
         ...
 

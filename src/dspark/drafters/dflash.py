@@ -22,6 +22,8 @@ class DFlash(nn.Module):
 
     every_position, draft_ids = False, None
 
+    rows_apart = True
+
     def __init__(self, body: Body, *, taps: tuple[int, ...], block_size: int) -> None:
         super().__init__()
         self.body = body

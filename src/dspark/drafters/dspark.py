@@ -29,6 +29,8 @@ class DSpark(nn.Module):
 
     every_position, draft_ids = False, None
 
+    rows_apart = True
+
     def __init__(
         self,
         body: Body,

@@ -5,26 +5,34 @@ R requests of the step, K draft slots.
 
 from __future__ import annotations
 
+import numpy as np
+
 from dspark.drafters.base import Draft
 from dspark.engine.admission import Schedule
+from dspark.speculation.online import OnlineCalibration
 from dspark.speculation.planner import Planner
 from dspark.speculation.reliability import RoundRecord
 from dspark.speculation.round import Array, Outcome, Round, as_array
-from dspark.speculation.survival import survival
 from dspark.speculation.verify import Verdict
+
+AUDIT = 0.02  # share of drafting requests whose whole draft is verified, so that its outcomes are a fair sample
 
 
 class Planning:
-    """One engine's planner, from the slots of a round to its outcome."""
+    """One engine's planner and calibration, from the slots of a round to its outcome."""
 
-    def __init__(self, planner: Planner):
+    def __init__(self, planner: Planner, *, seed: int | None = None):
         self.planner = planner
+        self.calibration: OnlineCalibration | None = None  # None: confidences are taken as they are
+        self._chance = np.random.default_rng(seed)
         self._round: Round | None = None  # None while nothing can be drafted
+        self._audited: list[int] = []
+        self._raw_RK: Array | None = None
         self._survival_RK: Array | None = None
 
     def slots(self, schedule: Schedule) -> int:
         """Set how many tokens each request drafts, those that draft in front; returns the most of any."""
-        self._round = self._survival_RK = None
+        self._round = self._survival_RK = self._raw_RK = None
         if not any(schedule.limits):
             return 0
         requests = schedule.sampled
@@ -38,7 +46,10 @@ class Planning:
         schedule.limits = self.planner.slots(before)
         order = schedule.drafting_first()
         self._round = before.drafted(schedule.limits, schedule.limits, order)
-        return schedule.limits[0] and max(schedule.limits)
+        most = schedule.limits[0] and max(schedule.limits)
+        if most and self.calibration is not None:  # drawn now, before any token of the draft exists
+            self._audited = np.flatnonzero(self._chance.random(len(requests)) < AUDIT).tolist()
+        return most
 
     def plan(self, schedule: Schedule, draft: Draft | None) -> list[int]:
         """How many drafted tokens of each request are verified, within what was drafted and what fits."""
@@ -46,13 +57,25 @@ class Planning:
             return [0] * len(schedule.sampled)
         limit_R = [min(pair) for pair in zip(schedule.limits, draft.length_R, strict=True)]
         self._round = self._round.drafted(limit_R, schedule.limits)
-        self._survival_RK = as_array(survival(draft.confidence_RK).cpu())
-        return self.planner.plan(self._round, self._survival_RK)
+        confidence_RK: Array = as_array(draft.confidence_RK.cpu())
+        self._raw_RK = confidence_RK
+        if self.calibration is not None:
+            confidence_RK = self.calibration.confidence(self._round, confidence_RK)
+        self._survival_RK = np.asarray(np.cumprod(confidence_RK, axis=1), dtype=np.float64)
+        plan = self.planner.plan(self._round, self._survival_RK)
+        for r in self._audited:
+            plan[r] = limit_R[r]
+        return plan
 
     def observe(self, verdict: Verdict, seconds: float) -> None:
         """Pass a finished round on; call it before the next."""
-        if self._round is not None:
-            self.planner.observe(Outcome(self._round, verdict.plan, verdict.accepted_R, seconds, self._survival_RK))
+        if self._round is None:
+            return
+        if self.calibration is not None and self._raw_RK is not None:
+            audited = [r for r in self._audited if verdict.plan[r]]
+            self.calibration.observe(self._raw_RK, verdict.plan, verdict.accepted_R, audited)
+        self._audited = []
+        self.planner.observe(Outcome(self._round, verdict.plan, verdict.accepted_R, seconds, self._survival_RK))
 
 
 def records(schedule: Schedule, draft: Draft, verdict: Verdict) -> list[RoundRecord]:

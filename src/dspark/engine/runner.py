@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from dspark.drafters.base import Draft, DraftContext, Drafter, SharesPages
@@ -12,6 +13,8 @@ from dspark.engine.assemble import Assembled
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 from dspark.models.target import Target
+
+MOST_DEFERRED = 128  # rows
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Runner:
         self.pool = target.allocate(pages, page_size)
         self.timings = Timings()
         self.clock = time.perf_counter  # or `time.thread_time`, to measure on a busy machine
+        self._later = Deferred() if getattr(drafter, "rows_apart", False) else None
         if isinstance(drafter, SharesPages):
             drafter.share(self.pool)
         else:
@@ -62,12 +66,52 @@ class Runner:
     def propose(self, context: DraftContext) -> Draft:
         """The drafter's block behind each anchor."""
         before = self.clock()
+        if self._later is not None and self._later.rows:
+            self.drafter.extend(*self._later.take())
         draft = self.drafter.propose(context)
         self.timings.drafter += self.clock() - before
         return draft
 
-    def extend(self, batch: Ragged, taps_TkD: Tensor | None) -> None:
-        """Take a step's rows into the drafter's context; rejected ones lie past the text and get overwritten there."""
+    def extend(self, batch: Ragged, taps_TkD: Tensor | None, *, drafting: bool = True) -> None:
+        """Take a step's rows into the drafter's context; rejected ones lie past the text and get overwritten there.
+
+        Rows of steps that draft nothing wait for the next draft where the drafter allows it, or until there are many.
+        """
         before = self.clock()
-        self.drafter.extend(batch, taps_TkD)
+        if self._later is not None and taps_TkD is not None and (self._later.rows or not drafting):
+            self._later.put(batch, taps_TkD)
+            if self._later.rows >= MOST_DEFERRED:
+                self.drafter.extend(*self._later.take())
+        else:
+            self.drafter.extend(batch, taps_TkD)
         self.timings.drafter += self.clock() - before
+
+
+class Deferred:
+    """Rows and taps that the drafter has not taken yet, as one batch of rows when it does."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._parts: list[tuple[Ragged, Tensor]] = []
+
+    def put(self, batch: Ragged, taps_TkD: Tensor) -> None:
+        """Keep a step's."""
+        self.rows += len(batch.slot_T)
+        self._parts.append((batch, taps_TkD))
+
+    def take(self) -> tuple[Ragged, Tensor]:
+        """All that was kept; of rows for the same slot only the newest, for the older would have been overwritten."""
+        parts, self._parts, self.rows = self._parts, [], 0
+        if len(parts) == 1:
+            return parts[0]
+        token_T, position_T, slot_T = (
+            torch.cat([getattr(batch, name) for batch, _ in parts]) for name in ("token_T", "position_T", "slot_T")
+        )
+        taps_TkD = torch.cat([taps for _, taps in parts])
+        slots = slot_T.tolist()
+        newest = list({slot: row for row, slot in enumerate(slots)}.values())
+        last = parts[-1][0]
+        if len(newest) < len(slots):
+            rows = torch.tensor(newest, device=slot_T.device)
+            token_T, position_T, slot_T, taps_TkD = token_T[rows], position_T[rows], slot_T[rows], taps_TkD[rows]
+        return replace(last, token_T=token_T, position_T=position_T, slot_T=slot_T), taps_TkD

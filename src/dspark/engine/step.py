@@ -60,7 +60,7 @@ class EngineCore:
         self.config = config = config or EngineConfig()
         self.target, self.tokenizer = target, tokenizer
         self.drafter = drafter = drafter or NoDraft(target.vocab_size)
-        self.planning = Planning(parse_planner(planner) if isinstance(planner, str) else planner)
+        self.planning = Planning(parse_planner(planner) if isinstance(planner, str) else planner, seed=config.seed)
         self.observer, self.meter = observer, meter
         block = drafter.block_size if config.max_draft is None else min(drafter.block_size, config.max_draft)
         pages = config.pages_for(target)
@@ -131,7 +131,7 @@ class EngineCore:
         batch = assemble(schedule, draft, plan, page_size=self.config.page_size, device=self.target.device)
         logits_BV, taps_TkD = self.runner.forward(batch)
         verdict = self._verify(schedule, draft, plan, noise, logits_BV)
-        self.runner.extend(batch.batch, taps_TkD)
+        self.runner.extend(batch.batch, taps_TkD, drafting=draft is not None)
         if self.observer is not None and draft is not None:
             self.observer(records(schedule, draft, verdict))
         load = step_load(schedule, draft, plan, len(batch.batch.token_T)) if self.meter is not None else None
