@@ -17,12 +17,14 @@ from dspark.drafters.base import Draft, DraftContext
 from dspark.drafters.body import softcapped
 from dspark.drafters.drawing import Drawing
 from dspark.drafters.layers import Attend, BackboneConfig, Layer, RMSNorm, Rotary, RotaryEmbedding
+from dspark.drafters.lesson import Blocks, Lesson, following, later, rows_at
 from dspark.drafters.pruned import kept, offsets, widened
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 from dspark.models.pages import SCRATCH_PAGE, slots_at
 from dspark.ops.attention import ragged_attention, store
 from dspark.ops.step_attention import step_attention
+from dspark.ops.tail_attention import tail_attention
 
 
 class EagleLayer(Layer):
@@ -58,6 +60,7 @@ class Eagle3(nn.Module):
     of the newest token waits for the token after it: `extend` and `propose` write entry p − 1 when they see token p.
     """
 
+    every_position = False
     d2t: Tensor
     t2d: Tensor
     feature_SD: Tensor
@@ -85,6 +88,7 @@ class Eagle3(nn.Module):
         self.layers = nn.ModuleList([EagleLayer(config)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
+        self.window = config.windows[0] if config.windows else 0
         self.pruned = draft_vocabulary > 0
         if self.pruned:
             self.register_buffer("d2t", torch.zeros(draft_vocabulary, dtype=torch.long))
@@ -103,13 +107,9 @@ class Eagle3(nn.Module):
     def embed(self, token: Tensor) -> Tensor:
         return self.embed_tokens(token) * self.config.embedding_scale
 
-    def draft_logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V], or [..., U] of a pruned vocabulary, of the layer's hidden states [..., D]."""
-        return softcapped(self.lm_head(self.norm(hidden)), self.config.logit_softcap)
-
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V]; −inf for what the draft vocabulary lacks."""
-        drafted = self.draft_logits(hidden)
+        """Logits [..., V] of the layer's hidden states [..., D]; −inf for what the draft vocabulary lacks."""
+        drafted = self.slot_logits(self.norm(hidden), None)
         return widened(drafted, kept(self.d2t), len(self.t2d)) if self.pruned else drafted
 
     def run(
@@ -141,6 +141,48 @@ class Eagle3(nn.Module):
             logits.append(logits_B1V)
             tokens.append(token_B1)
         return Chain(torch.cat(hiddens, 1), torch.cat(logits, 1), torch.cat(tokens, 1))
+
+    @property
+    def lesson_slots(self) -> int:
+        return self.block_size
+
+    @property
+    def draft_ids(self) -> Tensor | None:
+        return kept(self.d2t) if self.pruned else None
+
+    def forward(self, lesson: Lesson) -> Blocks:
+        """The training-time test: step k reads the hidden states of step k − 1 beside the true token (EAGLE-3, §3.2).
+
+        Every place sees the entries of its document that real features made, and those of its own chain.
+        """
+        entry_BA, start_BA = lesson.before_BA, lesson.start_BA
+        feature_BSD = self.fc(lesson.taps_BSD.to(self.fc.weight.dtype))
+        both_BSD = self.layer.joined(self.embed(later(lesson.token_BS, 1)), feature_BSD)
+        rotary = self.rotary(lesson.position_BS, both_BSD.dtype)
+        context = self.layer.self_attn.key_value(both_BSD, rotary)
+        tail_k, tail_v = list[Tensor](), list[Tensor]()
+
+        def attend(_layer: int, q_BAHd: Tensor, k_BAGd: Tensor, v_BAGd: Tensor) -> Tensor:
+            if hidden_BAKD:  # the first step's own entry lies in the context
+                tail_k.append(k_BAGd)
+                tail_v.append(v_BAGd)
+            keys, values = (
+                torch.stack(tail, 2) if tail else x[:, :, None][:, :, :0]
+                for tail, x in ((tail_k, k_BAGd), (tail_v, v_BAGd))
+            )
+            past = (*context, keys, values, entry_BA, start_BA)
+            return tail_attention(q_BAHd, *past, self.config.scale, window=self.window)
+
+        token_BAK = following(lesson.token_BS, lesson.anchor_BA, self.block_size)
+        state_BAD, hidden_BAKD = rows_at(feature_BSD, entry_BA), list[Tensor]()
+        for step in range(self.block_size):
+            rotary = self.rotary(entry_BA - start_BA + step, state_BAD.dtype)
+            state_BAD = self.layer.step(self.embed(token_BAK[..., step]), state_BAD, rotary, attend)
+            hidden_BAKD.append(self.norm(state_BAD) * lesson.begun_BA1)
+        return Blocks(torch.stack(hidden_BAKD, dim=2), None, None)
+
+    def slot_logits(self, hidden_ND: Tensor, latent_Nr: Tensor | None) -> Tensor:
+        return softcapped(self.lm_head(hidden_ND), self.config.logit_softcap)
 
     def allocate(self, pages: int, page_size: int) -> None:
         """Pools of features, keys and values, addressed by the target's page table."""
@@ -188,10 +230,18 @@ class Eagle3(nn.Module):
         cu_query_R1 = torch.arange(len(token_R) + 1, dtype=torch.int32, device=token_R.device)
 
         def attend(_layer: int, q_RHd: Tensor, k_RGd: Tensor, v_RGd: Tensor) -> Tensor:
-            keys, values = self.pools
-            context_R, scale = position_R.to(torch.int32), self.config.scale
             out_RHd = ragged_attention(
-                q_RHd, k_RGd, v_RGd, keys, values, table_RP, cu_query_R1, context_R, self.page_size, scale, causal=True
+                q_RHd,
+                k_RGd,
+                v_RGd,
+                *self.pools,
+                table_RP,
+                cu_query_R1,
+                position_R.to(torch.int32),
+                self.page_size,
+                self.config.scale,
+                causal=True,
+                window=self.window,
             )
             store(k_RGd, v_RGd, *self.pools, self.slots(table_RP, position_R))
             return out_RHd

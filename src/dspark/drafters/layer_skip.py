@@ -1,15 +1,17 @@
 """Self-speculation: the target's own first layers and a trained exit norm draft for the whole of it (arXiv 2309.08168).
 
-V vocabulary, D hidden size.
+B rows of S tokens with A anchors and K slots each, N places, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from dspark.drafters.body import softcapped
 from dspark.drafters.draft_model import DraftModel
 from dspark.drafters.layers import BackboneConfig, RMSNorm
+from dspark.drafters.lesson import Blocks, Lesson, following, rows_at
 from dspark.models.batch import Ragged
 from dspark.models.pages import KVPool
 from dspark.models.target import Target
@@ -19,6 +21,8 @@ from dspark.models.truncated import truncated
 class ExitHead(nn.Module):
     """What is trained and saved: the norm between the exit layer, which is the tap, and the target's LM head."""
 
+    every_position, draft_ids = False, None
+
     def __init__(self, config: BackboneConfig, lm_head: nn.Module, *, taps: tuple[int, ...], block_size: int) -> None:
         super().__init__()
         self.config = config
@@ -27,9 +31,20 @@ class ExitHead(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = lm_head.requires_grad_(False)
 
-    def logits(self, hidden_D: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., D] after the norm."""
-        return softcapped(self.lm_head(hidden_D), self.config.logit_softcap)
+    @property
+    def lesson_slots(self) -> int:
+        return self.block_size
+
+    def forward(self, lesson: Lesson) -> Blocks:
+        """Slot k is read at anchor + k: the true tokens before it have gone through the layers."""
+        shape_BAK = (*lesson.anchor_BA.shape, self.block_size)
+        order_BS = torch.arange(lesson.token_BS.shape[1], device=lesson.token_BS.device).expand_as(lesson.token_BS)
+        place_BN = following(order_BS, lesson.anchor_BA, self.block_size).flatten(1)
+        exit_BND = rows_at(lesson.taps_BSD.to(self.norm.weight.dtype), place_BN)
+        return Blocks(self.norm(exit_BND).view(*shape_BAK, -1), None, None)
+
+    def slot_logits(self, hidden_ND: Tensor, latent_Nr: Tensor | None) -> Tensor:
+        return softcapped(self.lm_head(hidden_ND), self.config.logit_softcap)
 
 
 class LayerSkip(DraftModel):

@@ -41,6 +41,16 @@ class Lesson(NamedTuple):
         """The anchors' positions in their own documents."""
         return self.anchor_BA - self.start_BA
 
+    @property
+    def before_BA(self) -> Tensor:
+        """The position before each anchor, the newest whose hidden state exists; the anchor where there is none."""
+        return torch.maximum(self.anchor_BA - 1, self.start_BA)
+
+    @property
+    def begun_BA1(self) -> Tensor:
+        """Whether anything precedes the anchor in its document, [B, A, 1]."""
+        return (self.anchor_BA > self.start_BA)[..., None]
+
 
 class Blocks(NamedTuple):
     """Slot k of block a drafts the token at anchor + k + 1. `slot_logits(hidden, latent)` are its logits."""
@@ -82,3 +92,14 @@ def following(token_BS: Tensor, anchor_BA: Tensor, slots: int, shift: int = 0) -
     offset = torch.arange(slots, device=token_BS.device) + shift
     index = (anchor_BA[..., None] + offset).clamp(max=token_BS.shape[1] - 1)
     return token_BS.gather(1, index.flatten(1)).view(index.shape)
+
+
+def later(token_BS: Tensor, shift: int) -> Tensor:
+    """[B, S] the tokens `shift` places on; past the end the last one."""
+    order_S = torch.arange(token_BS.shape[1], device=token_BS.device) + shift
+    return token_BS[:, order_S.clamp(max=token_BS.shape[1] - 1)]
+
+
+def rows_at(x_BSD: Tensor, place_BA: Tensor) -> Tensor:
+    """[B, A, D] the rows of x_BSD at given places."""
+    return x_BSD.gather(1, place_BA[..., None].expand(-1, -1, x_BSD.shape[-1]))

@@ -14,6 +14,7 @@ from dspark.drafters.base import Draft, DraftContext
 from dspark.drafters.body import softcapped
 from dspark.drafters.drawing import Drawing
 from dspark.drafters.layers import BackboneConfig, RMSNorm
+from dspark.drafters.lesson import Blocks, Lesson, rows_at
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 from dspark.models.pages import slots_at
@@ -37,6 +38,7 @@ class Medusa(nn.Module):
     hidden state before it, so that is the newest there is: slot k reads position anchor − 1.
     """
 
+    every_position, draft_ids = False, None
     feature_SD: Tensor
     page_size: int
 
@@ -70,6 +72,27 @@ class Medusa(nn.Module):
         """Logits [..., V] of a slot."""
         lm_head = self.medusa_head[slot][-1] if self.lm_head is None else self.lm_head  # type: ignore[index]
         return softcapped(lm_head(hidden_D), self.config.logit_softcap)
+
+    @property
+    def lesson_slots(self) -> int:
+        return self.block_size
+
+    def forward(self, lesson: Lesson) -> Blocks:
+        """Every head on the hidden state before each anchor. Heads that are their own need to know their slot."""
+        feature_BAD = self.norm(rows_at(lesson.taps_BSD.to(self.norm.weight.dtype), lesson.before_BA))
+        hidden_BAKD = torch.stack([self.hidden(feature_BAD, slot) for slot in range(self.block_size)], dim=2)
+        hidden_BAKD = hidden_BAKD * lesson.begun_BA1[..., None]
+        slot_K1 = torch.arange(self.block_size, device=hidden_BAKD.device, dtype=hidden_BAKD.dtype)[:, None]
+        latent_BAK1 = None if self.lm_head is not None else slot_K1.expand(*hidden_BAKD.shape[:3], 1)
+        return Blocks(hidden_BAKD, latent_BAK1, None)
+
+    def slot_logits(self, hidden_ND: Tensor, latent_N1: Tensor | None) -> Tensor:
+        if latent_N1 is None:
+            return self.logits(hidden_ND, 0)
+        slots = range(self.block_size)
+        found = [torch.nonzero(latent_N1[:, 0] == slot)[:, 0] for slot in slots]
+        each = [self.logits(hidden_ND[rows], slot) for rows, slot in zip(found, slots, strict=True)]
+        return torch.cat(each)[torch.cat(found).argsort()]
 
     def allocate(self, pages: int, page_size: int) -> None:
         """A pool of normed hidden states, addressed by the target's page table."""

@@ -1,7 +1,8 @@
 """Multi-token prediction modules in a row, as in DeepSeek-V3 (arXiv 2412.19437, §2.2): module k drafts token k.
 
 Entry t of module k joins the hidden state of position t from the depth above with token t + k, so it is complete once
-that token is committed. T ragged tokens, R requests, K modules = block slots, N rows, D hidden size, V vocabulary.
+that token is committed. T ragged tokens, R requests, K modules = block slots, N rows,
+B rows of S tokens with A anchors each in training, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from dspark.drafters.base import Draft, DraftContext
 from dspark.drafters.body import softcapped
 from dspark.drafters.drawing import Drawing
 from dspark.drafters.layers import Attend, BackboneConfig, Layer, RMSNorm, Rotary, RotaryEmbedding
+from dspark.drafters.lesson import Blocks, Lesson, later, rows_at
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 from dspark.models.pages import slots_at
 from dspark.ops.attention import ragged_attention, store
+from dspark.ops.tail_attention import document_attention
 
 
 class SharedHead(nn.Module):
@@ -54,6 +57,7 @@ class MTP(nn.Module):
     tokens have not completed yet is computed from the drafted ones and forgotten.
     """
 
+    every_position, draft_ids = False, None
     hidden_KSD: list[Tensor]
     pools: list[tuple[Tensor, Tensor]]
     page_size: int
@@ -77,9 +81,30 @@ class MTP(nn.Module):
     def embed(self, token: Tensor) -> Tensor:
         return self.embed_tokens(token) * self.config.embedding_scale
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    @property
+    def lesson_slots(self) -> int:
+        return self.block_size
+
+    def slot_logits(self, hidden: Tensor, latent: Tensor | None = None) -> Tensor:
         """Logits [..., V] of hidden states [..., D] that went through their module's norm."""
         return softcapped(self.lm_head(hidden), self.config.logit_softcap)
+
+    def forward(self, lesson: Lesson) -> Blocks:
+        """Every module over whole rows beside the true tokens (DeepSeek-V3, eqs. 21–23), read before the anchors."""
+        config, hidden_BAKD = self.config, []
+
+        def attend(layer: int, q_BSHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor) -> Tensor:
+            window = config.windows[layer] if config.windows else 0
+            return document_attention(q_BSHd, k_BSGd, v_BSGd, lesson.start_BS, config.scale, window=window)
+
+        hidden_BSD = lesson.taps_BSD.to(self.module(1).enorm.weight.dtype)
+        rotary = self.rotary(lesson.position_BS, hidden_BSD.dtype)
+        for depth in range(1, self.block_size + 1):
+            module = self.module(depth)
+            hidden_BSD = module.join(self.embed(later(lesson.token_BS, depth)), hidden_BSD, rotary, attend)
+            read_BAD = module.shared_head.norm(rows_at(hidden_BSD, lesson.before_BA))
+            hidden_BAKD.append(read_BAD * lesson.begun_BA1)
+        return Blocks(torch.stack(hidden_BAKD, dim=2), None, None)
 
     def allocate(self, pages: int, page_size: int) -> None:
         """Pools of hidden states, keys and values for every module, addressed by the target's page table."""
@@ -139,7 +164,7 @@ class MTP(nn.Module):
             entries, there_RN = newest(depth, token_RN, position_R, context.page_table_RP, self.page_size)
             before_RND = torch.zeros_like(hidden_RND)
             before_RND[there_RN] = self.run(depth, entries, hidden_RND[there_RN], keep=False)
-            logits_RV = self.logits(self.module(depth).shared_head.norm(before_RND[:, -1]))
+            logits_RV = self.slot_logits(self.module(depth).shared_head.norm(before_RND[:, -1]))
             token_RN = torch.cat((token_RN, drawing.draw(logits_RV)[:, None]), dim=1)
         return drawing.draft()
 

@@ -13,20 +13,7 @@ import yaml
 from dspark.common.errors import UserError
 from dspark.training.features.modes import FeatureConfig
 from dspark.training.objectives import Weights
-
-
-@dataclass(frozen=True)
-class DrafterShape:
-    """The drafter to train. What is not said here is the target's: hidden size, heads, MLP width, vocabulary."""
-
-    layers: int = 5
-    block_size: int = 7
-    taps: tuple[int, ...] = ()  # (): five, spread evenly as in DeepSpec
-    mask_token_id: int = -1  # −1: the last id of the vocabulary
-    markov_rank: int = 256  # 0 and no confidence head: DFlash
-    markov_head_type: str = "vanilla"
-    confidence_head: bool = True
-    intermediate_size: int = 0  # 0: the target's
+from dspark.training.shape import DEFAULT_LOSS, DrafterShape
 
 
 @dataclass(frozen=True)
@@ -123,6 +110,7 @@ def build(kind: type, raw: Any, where: str) -> Any:
     if not isinstance(raw, dict):
         raise UserError(f"{where} is {raw!r}; give a mapping with {', '.join(known)}")
     values = {}
+    raw = raw | {"loss": published_loss(raw)} if kind is TrainConfig else raw
     for key, value in raw.items():
         if key not in known:
             near = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
@@ -135,7 +123,18 @@ def build(kind: type, raw: Any, where: str) -> Any:
     ]
     if missing:
         raise UserError(f"{where} lacks {missing[0]!r}; add it")
-    return kind(**values)
+    made = kind(**values)
+    if isinstance(made, DrafterShape):
+        made.check_fields(values)
+    return made
+
+
+def published_loss(raw: dict[str, Any]) -> Any:
+    """A recipe's `loss` section laid over the loss its kind of drafter was published with."""
+    drafter, given = raw.get("drafter", {}), raw.get("loss", {})
+    kind = drafter.get("kind", "dspark") if isinstance(drafter, dict) else "dspark"
+    default = DEFAULT_LOSS.get(kind) if isinstance(kind, str) else None
+    return dataclasses.asdict(default) | given if default is not None and isinstance(given, dict) else given
 
 
 def typed(field_: dataclasses.Field[Any], value: Any, where: str) -> Any:
@@ -194,5 +193,4 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any]) -> None:
 def as_plain(config: TrainConfig) -> dict[str, Any]:
     """The config as JSON-like values."""
     plain = dataclasses.asdict(config)
-    plain["drafter"]["taps"] = list(plain["drafter"]["taps"])
-    return plain
+    return plain | {"drafter": config.drafter.as_plain()}

@@ -1,21 +1,27 @@
-"""The drafter a recipe asks for, untrained or warm, around its target's embedding and LM head."""
+"""The drafter a recipe asks for, untrained or warm, around its target's embedding and LM head.
+
+V vocabulary, U draft vocabulary.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from dspark.common.errors import UserError
 from dspark.drafters import checkpoint
 from dspark.drafters.config import DrafterConfig, parse
+from dspark.drafters.eagle3 import Eagle3
+from dspark.drafters.pruned import most_frequent
 from dspark.drafters.vocab import TargetParts
-from dspark.models.taps import decoder_of
-from dspark.training.config import DrafterShape
-
-INIT_STD = 0.02
+from dspark.training.data import read
+from dspark.training.shape import DrafterShape
+from dspark.training.start import initialise
+from dspark.training.start import start as start_weights
 
 
 def even_taps(layers: int, count: int = 5) -> tuple[int, ...]:
@@ -26,77 +32,110 @@ def even_taps(layers: int, count: int = 5) -> tuple[int, ...]:
 
 def drafter_fields(target: PreTrainedConfig, shape: DrafterShape, anchors: int) -> dict[str, Any]:
     """config.json of the drafter, in DeepSpec's format: the target's text config and the drafter's own fields."""
-    vocabulary, layers = target.vocab_size, target.num_hidden_layers
-    raw = target.to_dict()
-    raw |= {
-        "architectures": [f"{'Gemma4' if target.model_type.startswith('gemma4') else 'Qwen3'}DSparkModel"],
-        "num_hidden_layers": shape.layers,
-        "num_target_layers": layers,
-        "layer_types": ["full_attention"] * shape.layers,
-        "block_size": shape.block_size,
-        "mask_token_id": shape.mask_token_id if shape.mask_token_id >= 0 else vocabulary - 1,
-        "target_layer_ids": list(shape.taps or even_taps(layers)),
+    own = {"eagle3": eagle3_fields, "mtp": mtp_fields, "medusa": medusa_fields, "layer_skip": layer_skip_fields}
+    raw = target.to_dict() | {
+        "num_target_layers": target.num_hidden_layers,
         "num_anchors": anchors,
-        "enable_confidence_head": shape.confidence_head,
-        "confidence_head_with_markov": shape.confidence_head and shape.markov_rank > 0,
-        "markov_rank": shape.markov_rank,
-        "markov_head_type": shape.markov_head_type,
         "tie_word_embeddings": False,
         "intermediate_size": shape.intermediate_size or target.intermediate_size,
     }
+    raw |= own[shape.kind](target, shape) if shape.kind in own else block_fields(target, shape)
+    raw["layer_types"] = ["full_attention"] * raw["num_hidden_layers"]
+    raw["architectures"] = [
+        f"{'Gemma4' if target.model_type.startswith('gemma4') else 'Qwen3'}{raw['architectures']}Model"
+    ]
     raw.pop("_name_or_path", None)
     return raw
 
 
-def initialise(drafter: nn.Module, generator: torch.Generator) -> None:
-    """Normal weights; output projections, W2 and the confidence head start at zero: the first bias is none."""
-    for name, parameter in drafter.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if any(part in name for part in ("o_proj", "down_proj", "markov_w2", "confidence_head")) or name.endswith(
-            "bias"
-        ):
-            nn.init.zeros_(parameter)
-        elif parameter.dim() > 1:
-            std = 1 / parameter.shape[1] ** 0.5 if "fc." in name else INIT_STD
-            nn.init.normal_(parameter, std=std, generator=generator)
+def block_fields(target: PreTrainedConfig, shape: DrafterShape) -> dict[str, Any]:
+    """DSpark, and DFlash: the same without heads."""
+    heads = shape.kind == "dspark"
+    rank, confidence = (shape.markov_rank, shape.confidence_head) if heads else (0, False)
+    return {
+        "architectures": "DSpark",
+        "num_hidden_layers": shape.depth,
+        "block_size": shape.block_size,
+        "mask_token_id": shape.mask_token_id if shape.mask_token_id >= 0 else target.vocab_size - 1,
+        "target_layer_ids": list(shape.taps or even_taps(target.num_hidden_layers)),
+        "enable_confidence_head": confidence,
+        "confidence_head_with_markov": confidence and rank > 0,
+        "markov_rank": rank,
+        "markov_head_type": shape.markov_head_type,
+        "sample_from_anchor": shape.sample_from_anchor,
+    }
 
 
-def stitch(drafter: nn.Module, target: nn.Module, taps: int) -> None:
-    """Start from copies of the target's layers, the first and the last among them, and read the mean of the taps.
-
-    Layers of one residual stream speak nearly one language: with `fc` an average of the taps and `hidden_norm` the
-    copies' own input norm, context keys and values begin close to what the target itself attends to. Raises
-    UserError where the shapes differ.
-    """
-    backbone: Any = drafter.body.backbone  # type: ignore[union-attr]
-    own, theirs = list(backbone.layers), list(decoder_of(target).layers)  # type: ignore[arg-type]
-    chosen = [theirs[round(i * (len(theirs) - 1) / max(1, len(own) - 1))] for i in range(len(own))]
-    for layer, source in zip(own, chosen, strict=True):
-        state = source.state_dict()
-        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in layer.state_dict().items()}:
-            raise UserError("start: target needs a drafter with the target's own layer shape; use start: random")
-        layer.load_state_dict(state)
-    with torch.no_grad():
-        width = backbone.fc.out_features
-        backbone.fc.weight.copy_(torch.eye(width).repeat(1, taps) / taps)
-        norms = [source.input_layernorm.weight for source in chosen]
-        backbone.hidden_norm.weight.copy_(torch.stack(norms).mean(0))
+def eagle3_fields(target: PreTrainedConfig, shape: DrafterShape) -> dict[str, Any]:
+    raw: dict[str, Any] = {
+        "architectures": "Eagle3",
+        "num_hidden_layers": 1,
+        "ttt_length": shape.block_size,
+        "target_layer_ids": list(shape.taps or even_taps(target.num_hidden_layers)),
+    }
+    return raw | ({"draft_vocab_size": shape.draft_vocabulary} if shape.draft_vocabulary else {})
 
 
-def start_norm(drafter: nn.Module, target: nn.Module) -> None:
-    """The last norm starts as the target's: the LM head is the target's, and expects hidden states of that scale."""
-    own = dict(drafter.named_parameters())["body.backbone.norm.weight"]
-    theirs = getattr(getattr(decoder_of(target), "norm", None), "weight", None)
-    if theirs is not None and theirs.shape == own.shape:
-        with torch.no_grad():
-            own.copy_(theirs)
+def mtp_fields(target: PreTrainedConfig, shape: DrafterShape) -> dict[str, Any]:
+    return {
+        "architectures": "MTP",
+        "num_hidden_layers": shape.block_size,
+        "num_nextn_predict_layers": shape.block_size,
+        "target_layer_ids": [target.num_hidden_layers - 1],
+    }
+
+
+def medusa_fields(target: PreTrainedConfig, shape: DrafterShape) -> dict[str, Any]:
+    return {
+        "architectures": "Medusa",
+        "num_hidden_layers": 1,
+        "medusa_num_heads": shape.block_size,
+        "medusa_num_layers": shape.depth,
+        "medusa_own_heads": shape.own_heads,
+        "target_layer_ids": [target.num_hidden_layers - 1],
+    }
+
+
+def layer_skip_fields(target: PreTrainedConfig, shape: DrafterShape) -> dict[str, Any]:
+    layers = target.num_hidden_layers
+    exit_layer = shape.exit_layer if shape.exit_layer >= 0 else max(1, layers // 4) - 1
+    if exit_layer >= layers:
+        raise UserError(f"drafter: exit_layer {exit_layer} is past the target's layers 0..{layers - 1}; lower it")
+    return {
+        "architectures": "LayerSkip",
+        "num_hidden_layers": exit_layer + 1,
+        "block_size": shape.block_size,
+        "target_layer_ids": [exit_layer],
+    }
+
+
+def token_counts(directory: str, vocabulary: int) -> Tensor:
+    """How often each token is supervised in a data directory, [V]."""
+    supervised = read(directory, "tokens")[read(directory, "mask") > 0]
+    return torch.from_numpy(np.bincount(supervised, minlength=vocabulary)[:vocabulary])
+
+
+@torch.no_grad()
+def prune(drafter: Eagle3, head_VD: Tensor, count_V: Tensor) -> None:
+    """Draft from the most frequent tokens, through a copy of their rows of the target's head."""
+    kept_U = drafter.adopt(most_frequent(count_V, len(drafter.d2t)))
+    drafter.lm_head.weight.copy_(head_VD[kept_U])  # type: ignore[operator,arg-type]
 
 
 def create(
-    target: nn.Module, shape: DrafterShape, *, anchors: int, seed: int, init: str = "", start: str = "target"
+    target: nn.Module,
+    shape: DrafterShape,
+    *,
+    anchors: int,
+    seed: int,
+    init: str = "",
+    start: str = "target",
+    data: str = "",
 ) -> tuple[checkpoint.DrafterModule, DrafterConfig]:
-    """A trainable float32 drafter on the target's device, its embedding and head shared with the target and frozen."""
+    """A trainable float32 drafter on the target's device, its embedding and head shared with the target and frozen.
+
+    `data` is the training data's directory, whose counts choose a pruned vocabulary.
+    """
     parts, text = TargetParts.of(target), target.config.get_text_config()  # type: ignore[union-attr,operator]
     fields = drafter_fields(text, shape, anchors)
     fields["vocab_size"] = len(parts.embedding_VD)
@@ -111,9 +150,10 @@ def create(
     else:
         drafter = checkpoint.build(config, parts.embedding_VD, parts.head)
         initialise(drafter, torch.Generator().manual_seed(seed))
-        start_norm(drafter, target)
-        if start == "target":
-            stitch(drafter, target, len(config.taps))
+        start_weights(drafter, config, target, from_target=start == "target")
+        if isinstance(drafter, Eagle3) and drafter.pruned:
+            prune(drafter, target.get_output_embeddings().weight, token_counts(data, config.vocab_size))  # type: ignore[operator]
     for name, parameter in drafter.named_parameters():
         parameter.requires_grad_(not checkpoint.is_borrowed(name, config))
+    drafter.every_position = shape.every_position
     return drafter.train().to(device), config

@@ -69,7 +69,13 @@ class Trainer:
         config, ranks = self.config, self.ranks
         model = load_target(config.target, config.precision, ranks)
         self.drafter, self.drafter_config = create(
-            model, config.drafter, anchors=config.anchors, seed=config.seed, init=config.init, start=config.start
+            model,
+            config.drafter,
+            anchors=config.anchors,
+            seed=config.seed,
+            init=config.init,
+            start=config.start,
+            data=config.train,
         )
         self.target = OnlineTarget(model, self.drafter.taps)
         if config.shard_target and ranks.size > 1:

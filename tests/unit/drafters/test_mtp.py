@@ -53,7 +53,7 @@ def expected(drafter, token_S, taps_SD):
         module = drafter.module(depth)
         embedding_ED = drafter.embed(torch.tensor(tokens[depth:]))
         hidden_ED = module.join(embedding_ED, hidden_ED, drafter.rotary(position_E, hidden_ED.dtype), attend)
-        tokens.append(int(drafter.logits(module.shared_head.norm(hidden_ED[-1])).argmax()))
+        tokens.append(int(drafter.slot_logits(module.shared_head.norm(hidden_ED[-1])).argmax()))
     return tokens[len(token_S) :]
 
 
