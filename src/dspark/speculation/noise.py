@@ -5,6 +5,7 @@ R requests, K draft slots, V vocabulary, C coupled requests.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -55,13 +56,10 @@ class RoundNoise:
         requests = len(seeds)
         greedy = greedy if greedy is not None else [False] * requests
         if all(greedy):
-            uniforms = torch.full((requests, 2 * slots + 1), 0.5, dtype=torch.float64, device=device)
-        else:
-            uniforms = torch.from_numpy(_uniforms(seeds, counters, slots)).to(device)
+            return cls(*_silence(requests, slots, torch.device(device)), [], seeds, positions, still=True)
+        uniforms = torch.from_numpy(_uniforms(seeds, counters, slots)).to(device)
         loud = [r for r in range(requests) if coupled[r] and not greedy[r]]
-        final_R = uniforms[:, 2 * slots]
-        draft_RK, accept_RK = uniforms[:, :slots], uniforms[:, slots : 2 * slots]
-        return cls(draft_RK, accept_RK, final_R, loud, seeds, positions, still=all(greedy))
+        return cls(*_cut(uniforms, slots), loud, seeds, positions)
 
     @property
     def chosen(self) -> bool:
@@ -119,6 +117,17 @@ class RoundNoise:
             rows = torch.tensor(self.coupled, device=token_R.device)
             token_R[rows] = race(probability_RV[rows], self.exponential(vocabulary)[:, slot])
         return token_R
+
+
+@functools.lru_cache(maxsize=256)
+def _silence(requests: int, slots: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What nobody reads, made once: half of everything."""
+    return _cut(torch.full((requests, 2 * slots + 1), 0.5, dtype=torch.float64, device=device), slots)
+
+
+def _cut(uniforms: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draft [R, K], accept [R, K] and final [R] numbers of [R, 2K+1]."""
+    return uniforms[:, :slots], uniforms[:, slots : 2 * slots], uniforms[:, 2 * slots]
 
 
 def _uniforms(seeds: Sequence[int], counters: Sequence[int], slots: int) -> np.ndarray:

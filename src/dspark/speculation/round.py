@@ -61,4 +61,5 @@ class Outcome:
 
 def as_array(survival_RK: object) -> Array:
     """Survival as float64 on the host; what is not a number survives never."""
-    return np.nan_to_num(np.asarray(survival_RK, dtype=np.float64), nan=0.0)
+    array = np.asarray(survival_RK, dtype=np.float64)
+    return np.where(np.isnan(array), 0.0, array)
