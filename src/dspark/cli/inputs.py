@@ -38,3 +38,23 @@ def check_output(path: Path | None) -> None:
         raise UserError(f"{path} is a directory; pass the name of a file")
     if not path.parent.is_dir():
         raise UserError(f"the directory {path.parent} does not exist; make it, or write elsewhere")
+
+
+def numbers(name: str, text: str, *, whole: bool = False) -> list[float]:
+    """Positive numbers with commas between them; none in an empty text. Raises UserError for anything else."""
+    try:
+        found = [float(int(part) if whole else float(part)) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = [0.0]
+    if not all(0 < number < float("inf") for number in found):
+        kind = "whole numbers" if whole else "numbers"
+        raise UserError(f"--{name} {text!r} is no list of {kind} above 0; pass for example --{name} 1,2,4")
+    return found
+
+
+def span(name: str, text: str) -> tuple[int, int]:
+    """LOW:HIGH, or one number for both. Raises UserError for anything else."""
+    low, _, high = text.partition(":")
+    if not low.isdecimal() or not (high or low).isdecimal() or not 1 <= int(low) <= int(high or low):
+        raise UserError(f"--{name} {text!r} is no range of tokens; pass for example --{name} 32:96")
+    return int(low), int(high or low)

@@ -120,14 +120,22 @@ def needs_cost(text: str) -> bool:
     return text.partition(":")[0] in PRICED
 
 
-def parse_planner(text: str, cost: StepCost | Source | None = None) -> Planner:
-    """The planner a person names, such as "fixed:3" or "greedy"; else a UserError. Priced ones need the step's cost."""
+def check_planner(text: str) -> None:
+    """Raises UserError for a name that no planner has, or an argument that it does not take."""
     name, _, argument = text.partition(":")
     if name not in PLANNERS and name not in PRICED:
         raise UserError(f"planner {text!r} is unknown; pass one of {NAMES}")
     if bool(argument) != (name in _TAKES):
         way_out = f"needs {_TAKES[name]}" if name in _TAKES else f"takes no argument; pass {name}"
         raise UserError(f"planner {text!r} {way_out}")
+    if name in PLANNERS:
+        PLANNERS[name](argument)
+
+
+def parse_planner(text: str, cost: StepCost | Source | None = None) -> Planner:
+    """The planner a person names, such as "fixed:3" or "greedy"; else a UserError. Priced ones need the step's cost."""
+    check_planner(text)
+    name, _, argument = text.partition(":")
     if name in PLANNERS:
         return PLANNERS[name](argument)
     if cost is None:

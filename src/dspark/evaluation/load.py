@@ -1,0 +1,174 @@
+"""Puts an engine under load: so many users who each wait for an answer, or arrivals that wait for no one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from dspark.engine.request import Commit, RequestStatistics
+from dspark.engine.step import EngineCore
+from dspark.evaluation.workload import NOISE, Blinded, LoadRequest
+from dspark.speculation.live_cost import LiveCost
+from dspark.speculation.planner import Planner
+
+
+@dataclass
+class Policy:
+    """A planner by the name a person gave it, with what it has learnt; policies share one engine in turns."""
+
+    name: str
+    planner: Planner
+    live: LiveCost | None = None
+
+    def enter(self, core: EngineCore) -> None:
+        """Make it the engine's."""
+        core.planning.planner = self.planner
+        core.meter = self.live.observe if self.live is not None else None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One request that was served to its end, with the engine's own counts."""
+
+    kind: str
+    tokens: int
+    statistics: RequestStatistics
+
+    @property
+    def waited(self) -> float:
+        """Seconds to the first token."""
+        assert self.statistics.first_token is not None
+        return self.statistics.first_token - self.statistics.arrived
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens per second after the first; None for a single token."""
+        assert self.statistics.finished is not None and self.statistics.first_token is not None
+        seconds = self.statistics.finished - self.statistics.first_token
+        return (self.tokens - 1) / seconds if self.tokens > 1 and seconds > 0 else None
+
+
+@dataclass
+class Slice:
+    """What one policy did in one stretch of time."""
+
+    seconds: float
+    tokens: int  # committed within it, of all requests
+    steps: int
+    finished: list[Finished]
+    tokens_by_kind: dict[str, int] = field(default_factory=dict)
+    left: int = 0  # requests that were still waiting or running at the end
+
+
+class Driver:
+    """Feeds requests to one engine and keeps account of them."""
+
+    def __init__(self, core: EngineCore, *, blind: bool = False):
+        """`blind`: no drafter can guess what requests of kind noise get."""
+        self.core = core
+        self.blinded = Blinded(core.drafter) if blind else None
+        core.runner.drafter = self.blinded or core.drafter
+        self.kinds: dict[int, str] = {}
+        self.tokens: dict[int, int] = {}
+        self.finished: list[Finished] = []
+        self.committed: dict[str, int] = {}
+
+    def add(self, request: LoadRequest, arrived: float | None = None) -> int:
+        """Give the engine a request that arrived at `arrived` on the performance counter, or now."""
+        number = self.core.add(request.prompt, request.params)
+        if arrived is not None:
+            self.core.requests[number].statistics.arrived = arrived
+        self.kinds[number], self.tokens[number] = request.kind, 0
+        if self.blinded is not None and request.kind == NOISE:
+            self.blinded.requests.add(number)
+        return number
+
+    def step(self) -> list[Commit]:
+        """One step of the engine, counted."""
+        commits = self.core.step()
+        for commit in commits:
+            kind = self.kinds[commit.request_id]
+            self.tokens[commit.request_id] += len(commit.token_ids)
+            self.committed[kind] = self.committed.get(kind, 0) + len(commit.token_ids)
+            if commit.finish_reason:
+                self._leave(commit.request_id)
+                self.finished.append(Finished(kind, self.tokens.pop(commit.request_id), commit.statistics))
+        return commits
+
+    def clear(self) -> int:
+        """Cancel what is left and forget all counts; returns how many requests that were."""
+        left = list(self.core.requests)
+        for number in left:
+            self.core.cancel(number)
+            self._leave(number)
+        self.core.forget_prefixes()
+        self.tokens.clear()
+        self.finished, self.committed = [], {}
+        return len(left)
+
+    def _leave(self, number: int) -> None:
+        self.kinds.pop(number, None)
+        if self.blinded is not None:
+            self.blinded.requests.discard(number)
+
+    def start_count(self) -> tuple[float, int]:
+        """Count from here: the time and the step."""
+        self.finished, self.committed = [], {}
+        return time.perf_counter(), self.core.timings.steps
+
+    def counted(self, began: tuple[float, int], left: int = 0) -> Slice:
+        """What happened since `start_count`."""
+        seconds = time.perf_counter() - began[0]
+        steps = self.core.timings.steps - began[1]
+        return Slice(seconds, sum(self.committed.values()), steps, self.finished, dict(self.committed), left)
+
+
+def closed_loop(driver: Driver, requests: Iterator[LoadRequest], users: int, seconds: float) -> Slice:
+    """`users` requests at a time for about `seconds`: one that ends is followed at once by the next.
+
+    Counting starts when all of the first have a token. The first of every user is cut to a random share of its
+    length, so that they do not end all together. Requests of the first wave do not count as finished.
+    """
+    random = np.random.default_rng(users)
+    first = []
+    for _ in range(users):
+        request = next(requests)
+        tokens = max(1, int((request.params.max_tokens or 1) * random.uniform(0.1, 1.0)))
+        first.append(driver.add(replace(request, params=replace(request.params, max_tokens=tokens))))
+    while any(driver.tokens.get(number) == 0 for number in first):
+        _replace(driver, requests)
+    began = driver.start_count()
+    while time.perf_counter() - began[0] < seconds or not driver.finished:
+        _replace(driver, requests)
+    found = driver.counted(began)
+    found.finished = [one for one in found.finished if one.statistics.arrived >= began[0]] or found.finished
+    driver.clear()
+    return found
+
+
+def open_loop(driver: Driver, requests: Iterator[LoadRequest], arrivals: Sequence[float], seconds: float) -> Slice:
+    """Requests at `arrivals` (seconds from the start) whether or not the engine keeps up, for `seconds`."""
+    began = driver.start_count()
+    due = 0
+    while (now := time.perf_counter() - began[0]) < seconds:
+        while due < len(arrivals) and arrivals[due] <= now:
+            driver.add(next(requests), began[0] + arrivals[due])
+            due += 1
+        if not driver.core.idle:
+            driver.step()
+        elif due < len(arrivals):
+            time.sleep(max(0.0, min(arrivals[due], seconds) - now))
+        else:
+            break
+    found = driver.counted(began)
+    found.left = driver.clear()
+    return found
+
+
+def _replace(driver: Driver, requests: Iterator[LoadRequest]) -> None:
+    for commit in driver.step():
+        if commit.finish_reason:
+            driver.add(next(requests))
