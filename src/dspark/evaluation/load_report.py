@@ -1,4 +1,4 @@
-"""A load test as a person asked for it: policies side by side in one run, a table, JSON and the paper's figures 7, 8."""
+"""A load test as a person asked for it: policies side by side in one run; table, JSON, the paper's figures 7 and 8."""
 
 from __future__ import annotations
 
