@@ -9,9 +9,9 @@ from statistics import mean
 from typing import Any
 
 from dspark.common.files import replacing_file
+from dspark.common.plots import Panel, Points, draw
 from dspark.evaluation.figures import by_position, pooled
 from dspark.evaluation.markdown import table
-from dspark.evaluation.plots import Panel, Points, draw
 
 NAMES = {"dspark": "DSpark", "dflash": "DFlash", "eagle3": "Eagle-3", "dflash_l1": "DFlash, DSpark's loss"}
 DOMAINS = ("code", "prose")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dspark.evaluation.plots import Panel, Points, draw
+from dspark.common.plots import Panel, Points, draw
 
 ENOUGH = 20  # samples: a bin or position with fewer is left out of a figure
 

@@ -18,13 +18,13 @@ from dspark.common.collector import freeze_startup
 from dspark.common.errors import UserError
 from dspark.common.files import replacing_file
 from dspark.common.log import seconds_of
+from dspark.common.plots import Panel, check_matplotlib, draw
 from dspark.common.provenance import provenance
 from dspark.engine.build import build_engine
 from dspark.engine.pricing import plan_with
 from dspark.engine.profile import Profile, ensure_profile
 from dspark.engine.step import EngineCore
 from dspark.evaluation.load import Driver, Policy, Slice, closed_loop, open_loop
-from dspark.evaluation.plots import Panel, check_matplotlib, draw
 from dspark.evaluation.workload import Workload
 
 

@@ -15,9 +15,9 @@ from dspark.common.collector import freeze_startup
 from dspark.common.errors import UserError
 from dspark.common.files import replacing_file
 from dspark.common.log import seconds_of
+from dspark.common.plots import check_matplotlib
 from dspark.evaluation.figures import draw_figures
 from dspark.evaluation.markdown import names, report, shown
-from dspark.evaluation.plots import check_matplotlib
 from dspark.evaluation.suite import PLAIN, EvaluationSettings, contestants, evaluate, pages_for
 from dspark.evaluation.tasks import Conversations
 from dspark.models.loading import load_tokenizer

@@ -2,10 +2,10 @@
 
 import pytest
 
+from dspark.common import plots
 from dspark.common.errors import UserError
-from dspark.evaluation import plots
+from dspark.common.plots import Panel, draw
 from dspark.evaluation.figures import acceptance_panels, draw_figures, gamma_panels, pooled, reliability_panels
-from dspark.evaluation.plots import Panel, draw
 
 
 def way(tau, share):

@@ -1,4 +1,4 @@
-"""The figures of an evaluation, as small PNG files; matplotlib is in the extra `plot`."""
+"""Figures as small PNG files; matplotlib is in the extra `plot`."""
 
 from __future__ import annotations
 
