@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,10 @@ from transformers import AutoConfig
 from dspark.common.files import replacing_file
 from dspark.common.provenance import provenance
 from dspark.common.sampling_params import SamplingParams
+from dspark.demo import selfplay
 from dspark.demo.corpus import held_out_texts
 from dspark.demo.domains import DOMAINS, listing
 from dspark.demo.pair import demo_target_path
-from dspark.demo.selfplay import Prompts, self_play
 from dspark.drafters.registry import load_drafter
 from dspark.engine.build import build_engine
 from dspark.evaluation.acceptance import acceptance, measure
@@ -37,23 +38,19 @@ from dspark.evaluation.reliability import by_position, threshold_sweep
 from dspark.models.loading import load_tokenizer
 from dspark.models.target import Target
 from dspark.training.config import TrainConfig, build
-from dspark.training.data import write_documents
 from dspark.training.loop import Trainer
 
 TRAINED, RESULT = "trained.json", "result.json"
 SEEDS = (1, 2, 3)
-SHAPES: dict[str, dict[str, Any]] = {
-    "dspark": {"drafter": {"markov_rank": 128}},
-    "dflash": {
-        "drafter": {"markov_rank": 0, "confidence_head": False},
-        "loss": {"cross_entropy": 1.0, "l1": 0.0, "confidence": 0.0},
-    },
+SHAPES: dict[str, dict[str, Any]] = {  # the losses are each kind's own, as published
+    "dspark": {"drafter": {"kind": "dspark", "markov_rank": 128}},
+    "dflash": {"drafter": {"kind": "dflash"}},
+    "eagle3": {"drafter": {"kind": "eagle3"}},  # supervised at the same anchors as the others
     # DFlash with DSpark's loss: what of the gain is the loss, what the sequential head
     "dflash_l1": {
-        "drafter": {"markov_rank": 0, "confidence_head": False},
+        "drafter": {"kind": "dflash"},
         "loss": {"cross_entropy": 0.1, "l1": 0.9, "confidence": 0.0},
     },
-    "eagle3": {"drafter": {"family": "eagle3"}},
 }
 
 
@@ -88,7 +85,9 @@ RUNS = (  # in the order in which a report gains most
 def recipe(run: Run, options: argparse.Namespace, taps: list[int]) -> TrainConfig:
     """The same for every run but for what the family is."""
     own = SHAPES[run.family]
-    shape = {"layers": run.layers, "block_size": run.gamma, "taps": taps, "mask_token_id": 1} | own["drafter"]
+    shape = {"block_size": run.gamma, "taps": taps} | own["drafter"]
+    if run.family != "eagle3":
+        shape |= {"layers": run.layers, "mask_token_id": 1}
     fields = {
         "target": str(options.target),
         "train": str(options.train),
@@ -117,23 +116,26 @@ def recipe(run: Run, options: argparse.Namespace, taps: list[int]) -> TrainConfi
     return build(TrainConfig, fields, run.name)
 
 
-def write_text(options: argparse.Namespace, target: Target) -> None:
+def write_text(options: argparse.Namespace) -> None:
     """Training and held-out text by the target itself, where it is not there yet."""
-    tokenizer = load_tokenizer(options.target)
-    end = tokenizer.eos_token_id
-    ends = np.array([text.endswith("\n") for text in tokenizer.batch_decode([[i] for i in range(target.vocab_size)])])
-    texts = [text for _, text in held_out_texts(listing(options.target))]
-    held = np.concatenate([[end, *(t for t in tokenizer(text)["input_ids"] if t != end)] for text in texts])
-    for name, stream, tokens, seed in (("train", None, options.tokens, 1), ("held_out", held, 20_000, 2)):
+    for name, tokens, seed in (("train", options.tokens, 1), ("held_out", 20_000, 2)):
         where = getattr(options, name)
         if (where / "tokens.npy").is_file():
             continue
-        stream = np.load(options.corpus, mmap_mode="r") if stream is None else stream
-        prompts = Prompts(stream, ends, end, 64, seed)
-        core = build_engine(target, "none", "none", prefix_caching=False, seed=seed)
-        core.wait_compiled()
-        written = self_play(core, prompts, tokens=tokens, new_tokens=192, seed=seed)
-        write_documents(where, written, vocabulary=target.vocab_size, about={"target": str(options.target)})
+        corpus = options.corpus if name == "train" else held_out_stream(options)
+        arguments = {"--target": options.target, "--corpus": corpus, "--out": where, "--tokens": tokens, "--seed": seed}
+        if selfplay.main([str(word) for pair in arguments.items() for word in pair]):
+            raise SystemExit(2)
+
+
+def held_out_stream(options: argparse.Namespace) -> Path:
+    """The target's held-out files as one stream of tokens, each behind an end token."""
+    tokenizer, path = load_tokenizer(options.target), options.out / "held_out.npy"
+    end = tokenizer.eos_token_id
+    texts = [text for _, text in held_out_texts(listing(options.target))]
+    ids = [token for text in texts for token in (end, *(t for t in tokenizer(text)["input_ids"] if t != end))]
+    np.save(path, np.asarray(ids, dtype=np.uint16))
+    return path
 
 
 def prompts_of(options: argparse.Namespace) -> dict[str, list[list[int]]]:
@@ -186,7 +188,8 @@ def train(run: Run, options: argparse.Namespace, taps: list[int]) -> None:
         "where": provenance(torch.device("cpu")),
     }
     write_json(out / TRAINED, facts)
-    (out / "state.pt").unlink(missing_ok=True)
+    for name in ("checkpoints", "best"):  # one evaluation, so the last is the best
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def judge(run: Run, options: argparse.Namespace, target: Target) -> None:
@@ -229,7 +232,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if not options.report:
         target = Target.load(options.target, device="cpu")
-        write_text(options, target)
+        write_text(options)
         layers = AutoConfig.from_pretrained(options.target).num_hidden_layers
         taps = [layers * (2 * i + 1) // 8 for i in range(4)]  # 8 layers: 1, 3, 5, 7
         for run in RUNS:
