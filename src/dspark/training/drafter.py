@@ -45,6 +45,11 @@ def drafter_fields(target: PreTrainedConfig, shape: DrafterShape, anchors: int) 
         f"{'Gemma4' if target.model_type.startswith('gemma4') else 'Qwen3'}{raw['architectures']}Model"
     ]
     raw.pop("_name_or_path", None)
+    if raw.pop("per_layer_config", None):  # Gemma 4: full attention has heads of another size
+        full = target.per_layer_config[target.layer_types.index("full_attention")]
+        raw["global_head_dim"] = getattr(full, "head_dim", None) or target.head_dim
+        if target.attention_k_eq_v:
+            raw["num_global_key_value_heads"] = getattr(full, "num_key_value_heads", None)
     return raw
 
 
