@@ -69,6 +69,11 @@ class Checkpoints:
             for old in self.finished()[: -self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
 
+    def tidy(self) -> None:
+        """Remove what processes that were killed had begun to write."""
+        for path in (*self.root.glob(".step-*.partial"), *self.out.glob(".export.*"), *self.out.glob(".best.*")):
+            shutil.rmtree(path, ignore_errors=True)
+
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The last checkpoint and its state, or None for a new run. Raises UserError for a damaged one."""
         if not self.finished():

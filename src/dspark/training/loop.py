@@ -97,8 +97,11 @@ class Trainer:
         self.average = {n: t.clone() for n, t in trainable(self.drafter).items()} if config.ema else {}
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint, where there is one."""
+        """Continue from the newest checkpoint, where there is one; what a kill left half done is cleared away."""
         found = self.checkpoints.newest()
+        if self.ranks.first:
+            self.checkpoints.tidy()
+            cut_log(self.out, found[1]["step"] if found else 0)
         if found is None:
             return
         path, state = found
@@ -112,8 +115,8 @@ class Trainer:
         self.checkpoints.load(path, tensors)
         restore(tensors, self.drafter, self.optimizers)
         self.step_number, self.best, self.stale = state["step"], state["best"], state["stale"]
-        if self.ranks.first:
-            cut_log(self.out, self.step_number)
+        if self.finished:  # killed after its last checkpoint, it may lack what comes of it
+            self.export_average()
 
     @property
     def finished(self) -> bool:
@@ -255,6 +258,10 @@ class Trainer:
         tensors = tensors_of(self.drafter, self.optimizers, self.average)
         self.features.flush()
         self.checkpoints.save(self.step_number, tensors, state)
+        self.export_average()
+
+    def export_average(self) -> None:
+        """The drafter as it is now, smoothed where the recipe says so."""
         with self.averaged():
             self.export(self.out / "export")
 
