@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dspark.common.errors import UserError
 from dspark.drafters import checkpoint
-from dspark.drafters.config import parse
+from dspark.drafters.config import DrafterConfig, parse
 from dspark.models.taps import check_taps
 from dspark.training.checkpoint import trainable
 from dspark.training.config import TrainConfig
@@ -60,7 +60,7 @@ def preview(config: TrainConfig, *, samples: int) -> Preview:
     text, source = text_config(config.target)
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(text)
-    drafter = drafter_of(config, text, target)
+    drafter, parsed = drafter_of(config, text, target)
     trained = sum(tensor.numel() for tensor in trainable(drafter).values())
     frozen = sum(p.numel() for p in drafter.parameters() if not p.requires_grad)
     width = torch.bfloat16.itemsize if config.precision == "bfloat16" else torch.float32.itemsize
@@ -75,7 +75,7 @@ def preview(config: TrainConfig, *, samples: int) -> Preview:
         frozen_parameters=frozen,
         target=size * width,
         state=state,
-        activations=activations_of(config, text, width),
+        activations=activations_of(config, parsed, width),
         checkpoint=(config.keep + 1) * (state - 4 * trained),  # one more while the next is written; no gradients
         export=2 * written * getattr(torch, config.export_dtype).itemsize,
         steps=steps,
@@ -84,25 +84,25 @@ def preview(config: TrainConfig, *, samples: int) -> Preview:
     )
 
 
-def drafter_of(config: TrainConfig, text: PreTrainedConfig, target: Any) -> nn.Module:
-    """The recipe's drafter without memory. Raises UserError for taps that the target lacks."""
+def drafter_of(config: TrainConfig, text: PreTrainedConfig, target: Any) -> tuple[nn.Module, DrafterConfig]:
+    """The recipe's drafter without memory, and its config. Raises UserError for taps that the target lacks."""
     parsed = parse(drafter_fields(text, config.drafter, config.anchors), "the recipe's drafter")
     check_taps(parsed.taps, text.num_hidden_layers)
     with torch.device("meta"):
         drafter = checkpoint.build(parsed, target.get_input_embeddings().weight, target.get_output_embeddings())
     for name, parameter in drafter.named_parameters():
-        parameter.requires_grad_(not checkpoint.flat_name(name).startswith(checkpoint.SHARED))
-    return drafter
+        parameter.requires_grad_(not checkpoint.is_borrowed(name, parsed))
+    return drafter, parsed
 
 
-def activations_of(config: TrainConfig, text: PreTrainedConfig, width: int) -> int:
+def activations_of(config: TrainConfig, parsed: DrafterConfig, width: int) -> int:
     """Roughly what one micro-batch keeps: the target's states at the taps, and per draft layer 6·D + 3·I a slot."""
-    shape = config.drafter
+    backbone = parsed.backbone
     tokens = config.micro_batch * config.length
-    rows = config.micro_batch * min(config.anchors, config.length) * shape.block_size
-    states = tokens * (len(shape.taps or range(5)) + 1) * text.hidden_size
-    inner = shape.intermediate_size or text.intermediate_size
-    return width * (states + rows * shape.layers * (6 * text.hidden_size + 3 * inner))
+    rows = config.micro_batch * min(config.anchors, config.length) * parsed.block_size
+    states = tokens * (len(parsed.taps) + 1) * backbone.hidden_size
+    kept = 6 * backbone.hidden_size + 3 * backbone.intermediate_size
+    return width * (states + rows * backbone.num_hidden_layers * kept)
 
 
 def sequences_of(config: TrainConfig, samples: int) -> tuple[int, str]:
@@ -140,5 +140,5 @@ def small(config: TrainConfig, root: Path) -> TrainConfig:
     changes |= {"steps": 2, "epochs": 0.0, "batch": 4, "micro_batch": 2, "tensor_parallel": 1, "device": "cpu"}
     changes |= {"log_every": 1, "save_every": 2, "evaluate_every": 2, "evaluate_sequences": 2, "patience": 0}
     changes |= {"export_frozen": True, "tensorboard": False, "wandb": ""}
-    changes["drafter"] = replace(shape, mask_token_id=-1, intermediate_size=0, markov_rank=min(shape.markov_rank, 8))
+    changes["drafter"] = replace(shape, mask_token_id=-1, intermediate_size=0)
     return replace(config, **changes)

@@ -61,3 +61,13 @@ def test_a_resumed_run_keeps_its_recipe():
 def test_recipes_in_the_repository_are_valid():
     recipes = Path(__file__).parents[3] / "recipes"
     assert load_config(recipes / "demo_drafter.yaml").drafter.block_size == 7
+
+
+def test_a_recipe_lies_over_its_base(tmp_path):
+    (tmp_path / "below.yaml").write_text(PATHS + "epochs: 3\nlr: 0.1\ndrafter: {layers: 2, block_size: 4}\n")
+    config = read(tmp_path, "base: below.yaml\nlr: 0.2\ndrafter: {layers: 3}")
+    assert (config.epochs, config.lr, config.drafter.layers, config.drafter.block_size) == (3.0, 0.2, 3, 4)
+    assert read(tmp_path, "base: [below.yaml]\nsteps: 7").epochs == 0
+    assert read(tmp_path, "base: below.yaml", steps=9).steps == 9
+    with pytest.raises(UserError, match=r"below\.yml cannot be read"):
+        read(tmp_path, "base: below.yml")
