@@ -108,7 +108,7 @@ def activations_of(config: TrainConfig, parsed: DrafterConfig, width: int) -> in
 def sequences_of(config: TrainConfig, samples: int) -> tuple[int, str]:
     """How many sequences an epoch has, and how that is known."""
     if Path(config.train).exists():
-        return len(Documents(config.train, config.length)), config.train
+        return len(Documents(config.train, config.length, config.row_tokens)), config.train
     return samples, f"{samples} samples, {config.train} is not there yet"
 
 

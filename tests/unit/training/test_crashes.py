@@ -14,6 +14,7 @@ import torch
 from dspark.common.errors import UserError
 from dspark.drafters import checkpoint as drafters
 from dspark.training import checkpoint, loop, report
+from dspark.training.features import FeatureConfig
 from dspark.training.loop import Trainer
 
 PLACES = {
@@ -21,14 +22,17 @@ PLACES = {
     "before the sums": (checkpoint, "settled", 3),
     "before the checkpoint has its name": (checkpoint, "finish", 0),
     "before the export": (loop, "save", 2),
-    "before the last export": (loop, "save", 6),
+    "before the last export": (Trainer, "export_average", 3),
     "in a line of the log": (report.LogFile, "line", 7),
 }
 
 
 @pytest.fixture(scope="module")
 def config(recipe):
-    return replace(recipe, steps=10, save_every=3, log_every=1, evaluate_every=4, ema=0.9, keep=2)
+    """Everything that has a state: packed rows, a cache that the first epoch fills, an average of the weights."""
+    cache = FeatureConfig("hybrid", format="float8")
+    often = {"save_every": 3, "log_every": 1, "evaluate_every": 4, "keep": 2}
+    return replace(recipe, steps=10, ema=0.9, row_tokens=60, features=cache, **often)
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +122,8 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(config, tmp_path, monkeypatc
 
 
 def test_other_data_is_refused(config, whole, tmp_path):
-    with pytest.raises(UserError, match="the train data is not what the run was started with"):
-        Trainer(replace(config, train=config.held_out), whole)
+    with pytest.raises(UserError, match="the held_out data is not what the run was started with"):
+        Trainer(replace(config, held_out=config.train), whole)
 
 
 def test_it_stops_when_it_gets_no_better_and_stays_stopped(config, tmp_path, monkeypatch):

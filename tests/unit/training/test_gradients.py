@@ -24,7 +24,7 @@ def uneven(recipe, tmp_path):
 
 def gradients(config, out):
     trainer = Trainer(config, out)
-    numbers = trainer.train_data.numbers(0, config.batch, config.seed)
+    numbers = trainer.train_data.rows(0, config.batch, config.seed)
     goals = trainer.gradients(trainer.goal_of(trainer.train_data, 0), trainer.share(numbers))
     weight = sum(goal.weight for goal in goals)
     names = [name for name, p in trainer.drafter.named_parameters() if p.requires_grad]
