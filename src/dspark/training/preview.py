@@ -99,7 +99,8 @@ def activations_of(config: TrainConfig, parsed: DrafterConfig, width: int) -> in
     """Roughly what one micro-batch keeps: the target's states at the taps, and per draft layer 6·D + 3·I a slot."""
     backbone = parsed.backbone
     tokens = config.micro_batch * config.length
-    rows = config.micro_batch * min(config.anchors, config.length) * parsed.block_size
+    places = config.length if config.drafter.every_position else min(config.anchors, config.length)
+    rows = config.micro_batch * places * parsed.block_size
     states = tokens * (len(parsed.taps) + 1) * backbone.hidden_size
     kept = 6 * backbone.hidden_size + 3 * backbone.intermediate_size
     return width * (states + rows * backbone.num_hidden_layers * kept)
@@ -140,5 +141,7 @@ def small(config: TrainConfig, root: Path) -> TrainConfig:
     changes |= {"steps": 2, "epochs": 0.0, "batch": 4, "micro_batch": 2, "tensor_parallel": 1, "device": "cpu"}
     changes |= {"log_every": 1, "save_every": 2, "evaluate_every": 2, "evaluate_sequences": 2, "patience": 0}
     changes |= {"export_frozen": True, "tensorboard": False, "wandb": ""}
-    changes["drafter"] = replace(shape, mask_token_id=-1, intermediate_size=0)
+    pruned = min(shape.draft_vocabulary, VOCABULARY // 2)
+    changes["drafter"] = replace(shape, mask_token_id=-1, intermediate_size=0, draft_vocabulary=pruned)
+    changes["features"] = replace(config.features, directory="")  # the user's own cache stays out of it
     return replace(config, **changes)

@@ -16,7 +16,7 @@ TARGETS = {
     "gemma4_12b": "google/gemma-4-12B-it",
     "llama3_8b": "meta-llama/Llama-3.1-8B-Instruct",
 }
-KINDS = ("dspark", "dflash")
+KINDS = ("dspark", "dflash", "eagle3", "mtp")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -25,7 +25,7 @@ def test_every_recipe_has_the_published_settings(kind, target):
     config = load_config(RECIPES / f"{kind}_{target}.yaml")
     assert (config.epochs, config.batch, config.lr, config.warmup, config.clip) == (10, 512, 6e-4, 0.04, 1.0)
     assert (config.length, config.anchors, config.precision, config.seed) == (4096, 512, "bfloat16", 42)
-    assert config.target == TARGETS[target]
+    assert (config.target, config.drafter.kind) == (TARGETS[target], kind)
 
 
 def test_what_dspark_for_qwen3_4b_takes():
@@ -37,7 +37,7 @@ def test_what_dspark_for_qwen3_4b_takes():
     assert found.memory > found.target + found.state
 
 
-@pytest.mark.parametrize("recipe", ["dspark_qwen3_4b", "dflash_llama3_8b", "dspark_gemma4_12b"])
+@pytest.mark.parametrize("recipe", ["dspark_qwen3_4b", "dflash_llama3_8b", "eagle3_gemma4_12b", "mtp_qwen3_8b"])
 def test_a_rehearsal_trains_and_exports(recipe):
     first, last = rehearse(load_config(RECIPES / f"{recipe}.yaml"))
     assert 0 < last < 10 and 0 < first < 10
