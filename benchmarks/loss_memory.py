@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from dspark.ops.losses import Rows, Scale, slot_losses, weighted_loss
+from dspark.ops.chunked_loss import Rows, Scale, weighted_loss
+from dspark.ops.losses import slot_losses
 
 
 def run(args: argparse.Namespace, way: str) -> dict[str, Any]:
@@ -36,7 +37,8 @@ def run(args: argparse.Namespace, way: str) -> dict[str, Any]:
     hidden_ND.requires_grad_()
     rows = Rows(
         draft=lambda h, z: h @ head_VD.T + z @ w2_Vr.T,
-        target=lambda some: last_ND[some] @ head_VD.T,
+        target=lambda places: last_ND[places] @ head_VD.T,
+        place_N=torch.arange(N, device=device),  # no two slots share one: the worst case
         label_N=torch.randint(V, (N,), device=device),
         weight_N=torch.full((N,), 1 / N, device=device),
         scale=Scale(0.1, 0.9),

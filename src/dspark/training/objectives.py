@@ -1,6 +1,7 @@
 """What a drafter is trained for: losses of its slots, weighted by how far they are from the anchor.
 
-B rows, S tokens, A anchors, K block slots, N slots that count, V vocabulary, D hidden size, r rank.
+B rows, S tokens, A anchors, K block slots, N slots that count, P places with a target, V vocabulary, D hidden size,
+r rank.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from dspark.common.errors import UserError
 from dspark.drafters.lesson import Blocks, Trainable
-from dspark.ops.losses import Rows, Scale, SlotLosses, confidence_loss, weighted_loss, weighted_mean
+from dspark.ops.chunked_loss import Rows, Scale, weighted_loss
+from dspark.ops.losses import SlotLosses, confidence_loss, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -78,26 +80,30 @@ def objective(
     """
     weight_BAK = mask_BAK * weights.of_slots(mask_BAK.shape[-1], mask_BAK.device)
     total_weight = weight_BAK.sum()
-    weight_N, place_N = weight_BAK[mask_BAK], teacher.place_BAK[mask_BAK]
+    slot_N = mask_BAK.flatten().nonzero()[:, 0]
+    slot_N = slot_N[teacher.place_BAK.flatten()[slot_N].argsort(stable=True)]  # places ascending
+    weight_N, label_N, hidden_ND = (x.flatten(0, 2)[slot_N] for x in (weight_BAK, label_BAK, blocks.hidden_BAKD))
+    last_P, place_N = teacher.place_BAK.flatten()[slot_N].unique_consecutive(return_inverse=True)
     rows = Rows(
         draft=drafter.slot_logits,
-        target=lambda some: teacher.logits(teacher.last_TD[place_N[some]]),
-        label_N=in_draft_vocabulary(label_BAK[mask_BAK], drafter.draft_ids),
+        target=lambda places: teacher.logits(teacher.last_TD[last_P[places]]),
+        place_N=place_N,
+        label_N=in_draft_vocabulary(label_N, drafter.draft_ids),
         weight_N=weight_N / total_weight.clamp(min=1e-8),
         scale=Scale(weights.cross_entropy, weights.l1, weights.kl),
         draft_ids_V=drafter.draft_ids,
     )
-    latent_Nr = None if blocks.latent_BAKr is None else blocks.latent_BAKr[mask_BAK]
+    latent_Nr = None if blocks.latent_BAKr is None else blocks.latent_BAKr.flatten(0, 2)[slot_N]
     trained = [p for p in drafter.parameters() if p.requires_grad]
-    total, losses = weighted_loss(rows, blocks.hidden_BAKD[mask_BAK], latent_Nr, trained)
+    total, losses = weighted_loss(rows, hidden_ND, latent_Nr, trained)
     confidence = total.new_zeros(())
     if blocks.confidence_BAK is not None:
-        each_N = confidence_loss(blocks.confidence_BAK[mask_BAK], losses.acceptance)
+        each_N = confidence_loss(blocks.confidence_BAK.flatten()[slot_N], losses.acceptance)
         confidence = weighted_mean(each_N, weight_N)
         total = total + weights.confidence * confidence
     means = SlotLosses(*(weighted_mean(x_N, weight_N) for x_N in losses))
     acceptance_BAK, taken_BAK = (
-        torch.zeros_like(weight_BAK).masked_scatter(mask_BAK, x_N.to(weight_BAK.dtype))
+        torch.zeros_like(weight_BAK).flatten().index_copy(0, slot_N, x_N.to(weight_BAK.dtype)).view_as(weight_BAK)
         for x_N in (losses.acceptance, losses.taken)
     )
     return Objective(
