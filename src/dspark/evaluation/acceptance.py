@@ -26,7 +26,7 @@ def measure(core: EngineCore, prompts: Texts, params: SamplingParams) -> Measure
     measured = Measured()
     before, core.observer = core.observer, measured.records.extend
     try:
-        measured.texts, measured.statistics = write_texts(core, prompts, params)
+        measured.texts, measured.statistics, _ = write_texts(core, prompts, params)
     finally:
         core.observer = before
     return measured

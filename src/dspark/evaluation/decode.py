@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -16,7 +16,17 @@ from dspark.engine.step import EngineCore
 from dspark.speculation.statistics import SpeculationStatistics
 
 Texts = list[list[int]]  # token ids of each prompt of a batch
-Write = Callable[[Texts], tuple[Texts, SpeculationStatistics]]  # prompts -> what follows them, and how it came
+
+
+class Written(NamedTuple):
+    """What follows a batch of prompts, and how it came."""
+
+    texts: Texts
+    statistics: SpeculationStatistics
+    prefilled: float | None = None  # the clock when every prompt had its first token; None where nobody can tell
+
+
+Write = Callable[[Texts], Written]
 
 
 @dataclass
@@ -27,14 +37,18 @@ class Contender:
     write: Write
     statistics: SpeculationStatistics = field(default_factory=SpeculationStatistics)
     seconds: dict[int, list[float]] = field(default_factory=dict)  # by batch
+    prefill_seconds: dict[int, list[float]] = field(default_factory=dict)
     texts: dict[int, Texts] = field(default_factory=dict)  # the last round's, by batch
 
     def run(self, index: int, prompts: Texts) -> None:
         """Write one batch against the clock."""
         started = time.perf_counter()
-        self.texts[index], statistics = self.write(prompts)
+        written = self.write(prompts)
         self.seconds.setdefault(index, []).append(time.perf_counter() - started)
-        self.statistics.merge(statistics)
+        if written.prefilled is not None:
+            self.prefill_seconds.setdefault(index, []).append(written.prefilled - started)
+        self.texts[index] = written.texts
+        self.statistics.merge(written.statistics)
 
     @property
     def tokens(self) -> int:
@@ -46,10 +60,18 @@ class Contender:
         """Tokens per second: one round's tokens over the sum of the batches' median times."""
         return self.tokens / sum(median(times) for times in self.seconds.values())
 
+    @property
+    def decode_speed(self) -> float | None:
+        """The same from the first token of a batch's last prompt on; None where that moment is not known."""
+        if not self.prefill_seconds:
+            return None
+        pairs = ((median(self.seconds[index]), median(times)) for index, times in self.prefill_seconds.items())
+        return (self.tokens - sum(map(len, self.texts.values()))) / sum(whole - prefill for whole, prefill in pairs)
 
-def write_texts(core: EngineCore, prompts: Texts, params: SamplingParams) -> tuple[Texts, SpeculationStatistics]:
+
+def write_texts(core: EngineCore, prompts: Texts, params: SamplingParams) -> Written:
     """What an idle engine writes after all prompts at once, and how it came."""
-    counted = SpeculationStatistics()
+    counted, prefilled = SpeculationStatistics(), time.perf_counter()
     ids = [core.add(prompt, params) for prompt in prompts]
     texts: dict[int, list[int]] = {request: [] for request in ids}
     while not core.idle:
@@ -57,7 +79,8 @@ def write_texts(core: EngineCore, prompts: Texts, params: SamplingParams) -> tup
             texts[commit.request_id] += commit.token_ids
             if commit.finish_reason:
                 counted.merge(commit.statistics)
-    return [texts[request] for request in ids], counted
+                prefilled = max(prefilled, commit.statistics.first_token or prefilled)
+    return Written([texts[request] for request in ids], counted, prefilled)
 
 
 def engine_contender(name: str, core: EngineCore, params: SamplingParams) -> Contender:
@@ -68,7 +91,7 @@ def engine_contender(name: str, core: EngineCore, params: SamplingParams) -> Con
 def library_contender(name: str, model: PreTrainedModel, params: SamplingParams, **options: Any) -> Contender:
     """`transformers` generate with `options`; prompts of a batch are padded on the left."""
 
-    def write(prompts: Texts) -> tuple[Texts, SpeculationStatistics]:
+    def write(prompts: Texts) -> Written:
         longest = max(len(prompt) for prompt in prompts)
         token_BT = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
         mask_BT = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
@@ -84,7 +107,7 @@ def library_contender(name: str, model: PreTrainedModel, params: SamplingParams,
                 **sampling,
                 **options,
             )
-        return out_BT[:, longest:].tolist(), SpeculationStatistics()
+        return Written(out_BT[:, longest:].tolist(), SpeculationStatistics())
 
     return Contender(name, write)
 

@@ -154,6 +154,7 @@ def row(contender: Contender, plain: Contender) -> dict[str, Any]:
         "name": contender.name,
         "tokens": contender.tokens,
         "tokens_per_second": contender.speed,
+        "decode_tokens_per_second": contender.decode_speed,
         "speed_up": contender.speed / plain.speed,
         "tau": statistics.tokens_per_round if statistics.drafted else None,
         "acceptance_by_position": statistics.conditional_acceptance,
@@ -172,10 +173,14 @@ def table(result: dict[str, Any]) -> Table:
     )
     shown = Table(title=title, title_justify="left")
     shown.add_column("")
-    for name in ("tokens/s", "× plain", "τ", "same text as plain"):
+    for name in ("tokens/s", "× plain", "after prefill", "× plain", "τ", "same text as plain"):
         shown.add_column(name, justify="right")
+    plain = result["contenders"][0]["decode_tokens_per_second"]
     for line in result["contenders"]:
+        speed = line["decode_tokens_per_second"]
+        decode = (f"{speed:.1f}", f"{speed / plain:.2f}") if speed is not None else ("-", "-")
         tau = f"{line['tau']:.2f}" if line["tau"] else "-"
         same = f"{line['same_texts_as_plain']} of {line['texts']}"
-        shown.add_row(line["name"], f"{line['tokens_per_second']:.1f}", f"{line['speed_up']:.2f}", tau, same)
+        whole = (f"{line['tokens_per_second']:.1f}", f"{line['speed_up']:.2f}")
+        shown.add_row(line["name"], *whole, *decode, tau, same)
     return shown
