@@ -1,13 +1,16 @@
 """`dspark data`, from a file of conversations to tokens a drafter can be trained on."""
 
 import json
+import re
 import shutil
 
 import pytest
+from fake_openai import FakeOpenAI
 from transformers import AutoTokenizer
 
 from dspark.cli.main import main
 from dspark.training.data import Documents
+from dspark.training.samples import read_samples
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
@@ -78,6 +81,65 @@ def test_import_tokenize_stats(run, conversations, chat_target, tmp_path):
     assert 0.3 < found["train"]["supervised_share"] < 0.9 and f"{found['train']['tokens']:,}" in out
     assert "supervised" in run("stats", tmp_path / "tokens" / "train")
     assert "user turns" in run("stats", tmp_path / "samples")
+
+
+def test_regenerate_through_servers(run, conversations, chat_target, tmp_path):
+    samples, answers = tmp_path / "samples", tmp_path / "answers"
+    run("import", conversations, "--out", samples, "--held-out", 0.2)
+    with FakeOpenAI(lambda number, body: 500 if number == 3 else None) as one, FakeOpenAI() as other:
+        urls = ["--url", one.url, "--url", f"{other.url}/v1/"]
+        out = run("regenerate", samples, "--out", answers, *urls, "--temperature", 0.5, "--template", "think=false")
+        asked = one.asked + other.asked
+        assert "40 answers" in out and one.asked and other.asked and len(asked) == 41
+        assert all(body["temperature"] == 0.5 and body["chat_template_kwargs"] == {"think": False} for body in asked)
+        assert (
+            run("regenerate", samples, "--out", answers, *urls, "--temperature", 0.5, "--template", "think=false")
+            == out
+        )
+        assert len(one.asked + other.asked) == 41
+    assert "endings: stop" in run("stats", answers)
+    run("tokenize", answers, "--target", chat_target, "--out", tmp_path / "tokens")
+    assert json.loads((tmp_path / "tokens" / "about.json").read_text())["template"] == {"think": False}
+    data = Documents(tmp_path / "tokens" / "train", 512)
+    said = AutoTokenizer.from_pretrained(chat_target).decode(
+        data.tokens[: data.offsets[1]][data.mask[: data.offsets[1]] > 0]
+    )
+    assert re.fullmatch(r"what is \d+\?!\d+<\|endoftext\|>", said)
+
+
+def test_regenerate_in_this_process(run, conversations, chat_target, tiny_pair, tmp_path):
+    """The seeds make the texts: the same with any drafter and any number of requests at once."""
+    samples = tmp_path / "samples"
+    run("import", conversations, "--out", samples, "--held-out", 0, "--limit", 6)
+    texts = []
+    for drafter, concurrency in ((tiny_pair.drafter, 4), ("none", 1)):
+        out = tmp_path / f"answers{concurrency}"
+        options = ["--drafter", drafter, "--max-tokens", 12, "--concurrency", concurrency, "--seed", 3]
+        run("regenerate", samples, "--out", out, "--target", chat_target, *options)
+        texts.append([sample.messages[1:] + sample.endings for sample in read_samples(out, "train")])
+    assert texts[0] == texts[1] and len(texts[0]) == 6
+    assert len({str(text) for text in texts[0]}) == 6, "every prompt has its own seed"
+    run("tokenize", out, "--target", chat_target, "--out", tmp_path / "tokens")
+    conversations.write_text('{"text": "def add(a, b):"}\n')
+    run("import", conversations, "--out", samples, "--held-out", 0)
+    run("regenerate", samples, "--out", tmp_path / "raw", "--target", tiny_pair.target, "--max-tokens", 12)
+    [sample] = read_samples(tmp_path / "raw", "train")
+    assert sample.text == "def add(a, b):" and sample.completion
+
+
+def test_regenerate_refuses(run, refused, conversations, tiny_pair, tmp_path):
+    samples, out = tmp_path / "samples", tmp_path / "answers"
+    run("import", conversations, "--out", samples, "--held-out", 0)
+    assert "--url" in refused("regenerate", samples, "--out", out)
+    assert "not both" in refused("regenerate", samples, "--out", out, "--url", "http://a", "--target", "b")
+    assert "no URL" in refused("regenerate", samples, "--out", out, "--url", "localhost:1")
+    assert "does not answer" in refused("regenerate", samples, "--out", out, "--url", "http://127.0.0.1:9")
+    assert "temperature -1" in refused("regenerate", samples, "--out", out, "--url", "http://a", "--temperature", -1)
+    with FakeOpenAI() as server:
+        assert "--model" in refused("regenerate", samples, "--out", out, "--url", server.url, "--model", "other")
+        assert "about.json" in refused("regenerate", tmp_path, "--out", out, "--url", server.url)
+    assert "no chat template" in refused("regenerate", samples, "--out", out, "--target", tiny_pair.target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples", "talk.jsonl"]
 
 
 def test_import_refuses(refused, conversations, tmp_path):

@@ -10,15 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from dspark.cli.inputs import check_output
-from dspark.common.errors import UserError
+from dspark.cli.inputs import Template, check_output, template_options
+from dspark.cli.regenerate import regenerate
 
 app = typer.Typer(no_args_is_help=True, help="Prepare training data: import, regenerate, tokenize, stats, estimate.")
-
-Template = Annotated[
-    list[str] | None,
-    typer.Option("--template", help="KEY=VALUE for the chat template, as in enable_thinking=false; may be repeated."),
-]
 
 
 @app.callback()
@@ -64,6 +59,9 @@ def import_(
         print(f"dropped {count:,}: {reason}")
 
 
+app.command()(regenerate)
+
+
 @app.command()
 def tokenize(
     source: Annotated[Path, typer.Argument(help="A directory made by `dspark data import` or `regenerate`.")],
@@ -87,7 +85,7 @@ def tokenize(
             model=target,
             vocabulary=max(model.vocab_size, len(tokenizer)),
             ends=eos_token_ids(load_generation_config(target), model, tokenizer),
-            options=options_of(template),
+            options=template_options(template),
             longest=longest,
             progress=progress,
         )
@@ -141,20 +139,6 @@ def stats_tables(found: dict[str, dict[str, Any]]) -> list[Any]:
     for label, by_split in values.items():
         single.add_row(label, *(by_split.get(split, "") for split in found))
     return [single, spreads]
-
-
-def options_of(pairs: list[str] | None) -> dict[str, Any]:
-    """Template options from KEY=VALUE; a value that is JSON is that, any other is text."""
-    options: dict[str, Any] = {}
-    for pair in pairs or ():
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise UserError(f"--template {pair!r} is no KEY=VALUE; write it like enable_thinking=false")
-        try:
-            options[key] = json_.loads(value)
-        except ValueError:
-            options[key] = value
-    return options
 
 
 def write_json(path: Path | None, value: Any) -> None:

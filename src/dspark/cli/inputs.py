@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from dspark.common.errors import UserError
+
+Template = Annotated[
+    list[str] | None,
+    typer.Option("--template", help="KEY=VALUE for the chat template, as in enable_thinking=false; may be repeated."),
+]
 
 
 def prompt_text(prompt: str | None, file: Path | None) -> str | None:
@@ -58,3 +67,17 @@ def span(name: str, text: str) -> tuple[int, int]:
     if not low.isdecimal() or not (high or low).isdecimal() or not 1 <= int(low) <= int(high or low):
         raise UserError(f"--{name} {text!r} is no range of tokens; pass for example --{name} 32:96")
     return int(low), int(high or low)
+
+
+def template_options(pairs: list[str] | None) -> dict[str, Any]:
+    """Template options from KEY=VALUE; a value that is JSON is that, any other is text."""
+    options: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"--template {pair!r} is no KEY=VALUE; write it like enable_thinking=false")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options

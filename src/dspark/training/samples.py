@@ -41,7 +41,7 @@ class Sample:
     @property
     def cut(self) -> bool:
         """Whether the last answer was cut by length: the target did not end it."""
-        return self.endings[-1:] == ["length"]
+        return bool(self.endings) and self.endings[-1] not in ("stop", "tool_calls")
 
     @property
     def characters(self) -> int:
