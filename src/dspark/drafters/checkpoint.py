@@ -25,15 +25,19 @@ from dspark.drafters.layer_skip import ExitHead
 from dspark.drafters.layers import RotaryEmbedding
 from dspark.drafters.medusa import Medusa
 from dspark.drafters.mtp import MTP
+from dspark.drafters.student import Student
 from dspark.drafters.vocab import TargetParts, check_fit
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 PREFIXES = ("body.backbone.", "body.")  # our joined parts; the file's names are flat
 DrafterModule = DSpark | DFlash | Eagle3 | MTP | Medusa | ExitHead
+TrainableModule = DrafterModule | Student
 
 
 def borrowed(config: DrafterConfig) -> tuple[str, ...]:
     """The file's names of the target's own tensors in a drafter: shared with the target, and frozen."""
+    if config.kind == "draft_model":
+        return ()
     if config.kind == "medusa":
         return () if config.medusa_own_heads else (HEAD,)
     if config.kind == "layer_skip":
@@ -223,7 +227,7 @@ def resolve_confidence(config: DrafterConfig, tensors: Mapping[str, Tensor]) -> 
 
 
 def save(
-    drafter: DrafterModule,
+    drafter: TrainableModule,
     config: DrafterConfig,
     directory: str | Path,
     *,
@@ -233,6 +237,7 @@ def save(
 ) -> None:
     """Write the drafter whole or not at all. `frozen=False` leaves out the target's embedding and LM head.
 
+    A draft model becomes a directory like any causal LM's.
     `state` stands for the drafter's own, where that is in pieces on several ranks.
     """
     state = {
@@ -240,6 +245,10 @@ def save(
         for name, tensor in flat_state(drafter.state_dict() if state is None else state).items()
         if frozen or name not in borrowed(config)
     }
+    if config.kind == "draft_model":
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        if config.raw["tie_word_embeddings"]:
+            state.pop(HEAD)
     numbers = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     raw = {**config.raw, "dtype": str(numbers).removeprefix("torch.")}
     with replacing_directory(directory) as fresh:

@@ -22,6 +22,7 @@ from dspark.training.data import read
 from dspark.training.shape import DrafterShape
 from dspark.training.start import initialise
 from dspark.training.start import start as start_weights
+from dspark.training.student import create_student
 
 
 def even_taps(layers: int, count: int = 5) -> tuple[int, ...]:
@@ -136,11 +137,15 @@ def create(
     init: str = "",
     start: str = "target",
     data: str = "",
-) -> tuple[checkpoint.DrafterModule, DrafterConfig]:
+) -> tuple[checkpoint.TrainableModule, DrafterConfig]:
     """A trainable float32 drafter on the target's device, its embedding and head shared with the target and frozen.
 
     `data` is the training data's directory, whose counts choose a pruned vocabulary.
     """
+    if shape.kind == "draft_model":
+        student, own = create_student(target, shape, seed=seed, init=init, start=start)
+        student.every_position = shape.every_position
+        return student, own
     parts, text = TargetParts.of(target), target.config.get_text_config()  # type: ignore[union-attr,operator]
     fields = drafter_fields(text, shape, anchors)
     fields["vocab_size"] = len(parts.embedding_VD)

@@ -18,6 +18,7 @@ FIELDS = {
     "mtp": (*COMMON, "intermediate_size"),
     "medusa": (*COMMON, "layers", "own_heads"),
     "layer_skip": (*COMMON, "exit_layer"),
+    "draft_model": (*COMMON, "layers", "intermediate_size"),
 }
 LAYERS = {"dspark": 5, "dflash": 5, "medusa": 1}
 """What `layers: 0` means."""
@@ -29,9 +30,10 @@ DEFAULT_LOSS = {
     "mtp": Weights(cross_entropy=1.0, l1=0.0, confidence=0.0, decay=1.0, decay_kind="geometric"),
     "medusa": Weights(cross_entropy=1.0, l1=0.0, confidence=0.0, decay=0.8, decay_kind="geometric"),
     "layer_skip": Weights(cross_entropy=0.0, l1=0.0, kl=1.0, confidence=0.0, decay=1.0, decay_kind="geometric"),
+    "draft_model": Weights(cross_entropy=0.0, l1=1.0, kl=0.1, confidence=0.0, decay=1.0, decay_kind="geometric"),
 }
 """The published losses: what a recipe's `loss` section starts from. DFlash, MTP (every depth alike) and Medusa learn
-the tokens, Eagle-3 the target's distribution."""
+the tokens, Eagle-3 the target's distribution, draft models total variation, which is one minus acceptance."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class DrafterShape:
     """The drafter to train. What is not said here is the target's: hidden size, heads, MLP width, vocabulary."""
 
     kind: str = "dspark"
-    layers: int = 0  # of the backbone, or residual blocks of a Medusa head; 0: 5, Medusa 1
+    layers: int = 0  # of backbone, Medusa head or draft model; 0: 5, Medusa 1, draft model half the target's
     block_size: int = 7  # γ; Eagle-3: steps of the training-time test, MTP: modules, Medusa: heads
     taps: tuple[int, ...] = ()  # (): five, spread evenly as in DeepSpec
     every_position: bool = False  # draft from every supervised position instead of `anchors` of them

@@ -76,7 +76,7 @@ def stitch(drafter: nn.Module, target: nn.Module, taps: int) -> None:
     copies' own input norm, context keys and values begin close to what the target itself attends to.
     """
     backbone: Any = drafter.body.backbone  # type: ignore[union-attr]
-    chosen = spread(target, len(backbone.layers))
+    chosen = spread(list(decoder_of(target).layers), len(backbone.layers))  # type: ignore[arg-type]
     for layer, source in zip(backbone.layers, chosen, strict=True):
         copy_layer(source, layer)
     mean_of_taps(backbone.fc, taps)
@@ -117,9 +117,8 @@ def mean_of_taps(linear: nn.Linear, count: int) -> None:
     linear.weight.copy_(eye_DD.repeat(1, count) / count)
 
 
-def spread(target: nn.Module, count: int) -> list[Any]:
-    """`count` of the target's layers, the first and, of several, the last among them."""
-    layers = list(decoder_of(target).layers)  # type: ignore[arg-type]
+def spread(layers: list[Any], count: int) -> list[Any]:
+    """`count` of the layers, the first and, of several, the last among them."""
     return [layers[round(i * (len(layers) - 1) / max(1, count - 1))] for i in range(count)]
 
 

@@ -9,7 +9,8 @@ import yaml
 from transformers import AutoConfig, Qwen3ForCausalLM
 
 from dspark.common.errors import UserError
-from dspark.drafters import checkpoint
+from dspark.drafters.registry import DRAFTERS, load_drafter
+from dspark.models.target import Target
 from dspark.training.config import TrainConfig, as_plain, build, load_config
 from dspark.training.loop import Trainer
 from dspark.training.shape import DEFAULT_LOSS, FIELDS, DrafterShape
@@ -22,6 +23,7 @@ SHAPES = {
     "medusa": {"kind": "medusa"},
     "medusa, own heads": {"kind": "medusa", "own_heads": True, "layers": 2},
     "layer_skip": {"kind": "layer_skip", "exit_layer": 1},
+    "draft_model": {"kind": "draft_model", "layers": 1},
 }
 
 
@@ -53,13 +55,13 @@ def test_the_loss_falls_and_the_export_loads(recipe, tmp_path, name):
     lines = log_of(tmp_path)
     losses = [line["loss"] for line in lines if "evaluation" not in line]
     assert losses[-1] < losses[0] * (0.99 if name == "layer_skip" else 0.9)  # a norm alone learns little
-    drafter, _ = checkpoint.load(tmp_path / "export")
-    assert drafter.block_size == config.drafter.block_size
+    drafter = load_drafter(tmp_path / "export", Target.load(config.target, dtype="float32"), block_size=2)
+    assert isinstance(drafter, DRAFTERS[config.drafter.kind])
     evaluation = next(line for line in lines if line.get("evaluation"))
-    assert 1 < evaluation["tau"] <= 1 + drafter.block_size
+    assert 1 < evaluation["tau"] <= 1 + config.drafter.block_size
 
 
-@pytest.mark.parametrize("name", ["eagle3", "mtp", "medusa"])
+@pytest.mark.parametrize("name", ["eagle3", "mtp", "medusa", "draft_model"])
 def test_random_starts_and_sampled_anchors_learn_too(recipe, tmp_path, name):
     Trainer(recipe_of(recipe, SHAPES[name], steps=24, save_every=24, start="random", lr=0.02), tmp_path).run()
     losses = [line["loss"] for line in log_of(tmp_path) if "evaluation" not in line]
@@ -112,3 +114,19 @@ def test_an_exit_past_the_target_and_a_misfit_of_code(recipe, tmp_path):
 
 def test_fields_are_those_of_the_shape():
     assert {name for names in FIELDS.values() for name in names} == set(asdict(DrafterShape()))
+
+
+def test_a_draft_model_of_another_vocabulary(recipe, tmp_path):
+    config = AutoConfig.from_pretrained(recipe.target)
+    config.vocab_size = 29
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="vocabulary of 29, the target 23"):
+        Trainer(recipe_of(recipe, SHAPES["draft_model"], init=str(tmp_path / "other")), tmp_path / "out")
+
+
+def test_a_copied_draft_model_of_all_layers_is_the_target(recipe, tmp_path):
+    shape = {"kind": "draft_model", "layers": 3}
+    trainer = Trainer(recipe_of(recipe, shape), tmp_path)
+    assert min(trainer.evaluate()["acceptance"]) > 0.999
+    with pytest.raises(UserError, match="layers is 4, the target has 3"):
+        Trainer(recipe_of(recipe, shape | {"layers": 4}), tmp_path / "more")
