@@ -167,11 +167,17 @@ def compared(actual: Tensor, io: Reference, name: str, keep_BA: Tensor | None = 
 
 
 def replay_eagle3(drafter: Eagle3, io: Reference) -> Errors:
-    """The greedy chain after one prefix."""
-    steps = io["infer.greedy_tokens"].shape[1]
-    chain = drafter.chain(io["infer.context_features"], io["infer.shifted_token_ids"], steps)
+    """The greedy chain after one prefix, token by token and as the training-time test of the text it wrote."""
+    features, next_BS, drafted = io["infer.context_features"], io["infer.shifted_token_ids"], io["infer.greedy_tokens"]
+    steps, known = drafted.shape[1], next_BS.shape[1]
+    chain = drafter.chain(features, next_BS, steps)
     actual = {"infer.hidden": chain.hidden, "infer.logits": chain.logits, "infer.greedy_tokens": chain.token}
-    return {name: compared(tensor, io, name) for name, tensor in actual.items()}
+    errors = {name: compared(tensor, io, name) for name, tensor in actual.items()}
+    token_BS = torch.cat((torch.zeros_like(next_BS[:, :1]), next_BS, drafted), dim=1)
+    unseen = features.new_full((len(features), 1 + steps, features.shape[2]), 1e3)
+    blocks = drafter(Lesson.of(token_BS, torch.cat((features, unseen), dim=1), torch.tensor([[known]])))
+    logits_BKV = drafter.slot_logits(blocks.hidden_BAKD[:, 0], None)
+    return errors | {"infer.logits, training-time test": compared(logits_BKV.detach(), io, "infer.logits")}
 
 
 def replay(directory: Path) -> Errors:

@@ -5,9 +5,14 @@ B rows, S context tokens, A places, C tokens of a tail, H heads, G key/value hea
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+MOST_SCORES = 1 << 27  # half a gigabyte in float32
 
 
 def document_attention(
@@ -18,12 +23,41 @@ def document_attention(
     seen_BSS = (order_S <= order_S[:, None]) & (order_S >= start_BS[..., None])
     if window:
         seen_BSS &= order_S > order_S[:, None] - window
-    q, k, v = (x.transpose(1, 2) for x in (q_BSHd, k_BSGd, v_BSGd))
-    out_BHSd = scaled_dot_product_attention(q, k, v, attn_mask=seen_BSS[:, None], scale=scale, enable_gqa=True)
-    return out_BHSd.transpose(1, 2)
+    heads = q_BSHd.shape[2] // k_BSGd.shape[2]
+    # repeated heads instead of `enable_gqa`: with a mask, CUDA's kernels that keep no scores know no other
+    q, k, v = (x.transpose(1, 2) for x in (q_BSHd, *(x.repeat_interleave(heads, dim=2) for x in (k_BSGd, v_BSGd))))
+    return scaled_dot_product_attention(q, k, v, attn_mask=seen_BSS[:, None], scale=scale).transpose(1, 2)
 
 
 def tail_attention(
+    q_BAHd: Tensor,
+    context_k_BSGd: Tensor,
+    context_v_BSGd: Tensor,
+    tail_k_BACGd: Tensor,
+    tail_v_BACGd: Tensor,
+    last_BA: Tensor,
+    start_BA: Tensor,
+    scale: float,
+    *,
+    window: int = 0,
+    most_scores: int = MOST_SCORES,
+) -> Tensor:
+    """`tail_attention_plain`, at most `most_scores` scores at a time: more places are walked in pieces, whose scores
+    the backward makes again."""
+    B, A, H = q_BAHd.shape[:3]
+    size = max(1, most_scores // (B * H * (context_k_BSGd.shape[1] + tail_k_BACGd.shape[2])))
+    run = partial(tail_attention_plain, window=window)
+    if size >= A:
+        return run(q_BAHd, context_k_BSGd, context_v_BSGd, tail_k_BACGd, tail_v_BACGd, last_BA, start_BA, scale)
+    pieces = []
+    for some in (slice(start, start + size) for start in range(0, A, size)):
+        tail = (tail_k_BACGd[:, some], tail_v_BACGd[:, some], last_BA[:, some], start_BA[:, some])
+        inputs = (q_BAHd[:, some], context_k_BSGd, context_v_BSGd, *tail, scale)
+        pieces.append(checkpoint(run, *inputs, use_reentrant=False))
+    return torch.cat(pieces, dim=1)
+
+
+def tail_attention_plain(
     q_BAHd: Tensor,
     context_k_BSGd: Tensor,
     context_v_BSGd: Tensor,
