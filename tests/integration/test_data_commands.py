@@ -142,6 +142,38 @@ def test_regenerate_refuses(run, refused, conversations, tiny_pair, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["samples", "talk.jsonl"]
 
 
+def test_estimate_and_train(run, conversations, chat_target, tmp_path):
+    run("import", conversations, "--out", tmp_path / "samples", "--held-out", 0.2)
+    run("tokenize", tmp_path / "samples", "--target", chat_target, "--out", tmp_path / "tokens")
+    options = ["--target", chat_target, "--length", 64, "--taps", 2, "--epochs", 3]
+    out = run("estimate", tmp_path / "tokens", *options, "--json", tmp_path / "estimate.json")
+    found = json.loads((tmp_path / "estimate.json").read_text())
+    sizes = {mode["mode"]: mode["bytes"] for mode in found["modes"]}
+    assert sizes["online"] == 0 and sizes["cached bf16"] == sizes["hybrid bf16"] and found["rates"]["tokens"] > 0
+    counts = found["counts"]
+    assert sizes["cached bf16"] == 2 * 32 * (2 * counts["tokens"] + counts["supervised"])
+    assert all(name in out for name in sizes) and f"{counts['tokens']:,} tokens" in out
+    given = run("estimate", tmp_path / "tokens" / "train", *options, "--tokens-per-second", 7, "--budget-gb", 1e-4)
+    assert "7 tokens/s" in given and "kept)" in given
+    recipe = tmp_path / "recipe.yaml"
+    drafter = {"layers": 1, "block_size": 3, "taps": [0, 2], "mask_token_id": 1, "markov_rank": 4}
+    small = {"steps": 2, "batch": 2, "micro_batch": 1, "length": 48, "anchors": 4, "evaluate_sequences": 2}
+    paths = {"train": str(tmp_path / "tokens" / "train"), "held_out": str(tmp_path / "tokens" / "held_out")}
+    recipe.write_text(json.dumps({"target": str(chat_target), **paths, "drafter": drafter, **small}))
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+
+
+def test_estimate_refuses(run, refused, conversations, chat_target, tmp_path):
+    run("import", conversations, "--out", tmp_path / "samples", "--held-out", 0)
+    assert "tokens.npy" in refused("estimate", tmp_path / "samples", "--target", chat_target)
+    run("tokenize", tmp_path / "samples", "--target", chat_target, "--out", tmp_path / "tokens")
+    assert "a/b/c" in refused("estimate", tmp_path / "tokens", "--target", "a/b/c")
+    options = ["--target", chat_target, "--tokens-per-second", 5]
+    assert "0.0 disk" in refused("estimate", tmp_path / "tokens", *options, "--disk-gb-per-second", 0)
+    assert "taps" in refused("estimate", tmp_path / "tokens", *options, "--taps", -1)
+
+
 def test_import_refuses(refused, conversations, tmp_path):
     out = tmp_path / "samples"
     assert "--column" in refused("import", conversations, "--out", out, "--column", "query")

@@ -113,6 +113,85 @@ def stats(
     Console().print(*stats_tables(found), sep="\n")
 
 
+@app.command()
+def estimate(
+    tokens: Annotated[Path, typer.Argument(help="What tokenize wrote, or its train/ alone.")],
+    target: Annotated[str, typer.Option(help="The model to train for: directory or Hub id.")],
+    taps: Annotated[int, typer.Option(min=0, help="Target layers that feed the drafter.")] = 5,
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence, at most: the recipe's length.")] = 4096,
+    budget_gb: Annotated[float, typer.Option(min=0.0, help="Keep at most so much on disk; 0 for no bound.")] = 0.0,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(help="Of the target; default: measured here, which loads it.")
+    ] = None,
+    disk_gb_per_second: Annotated[float, typer.Option(help="Of the disk the features would lie on.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="Of the target, where it is measured.")] = "auto",
+    device: Annotated[str, typer.Option(help="For the target, where it is measured.")] = "auto",
+    json: Annotated[Path | None, typer.Option(help="Write the numbers here too.")] = None,
+) -> None:
+    """What the target's hidden states take in bytes and time, by feature mode, before anything starts."""
+    check_output(json)
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from dspark.common.log import quiet_libraries
+    from dspark.models.loading import load_config
+    from dspark.training.data import Documents
+    from dspark.training.estimate import Counts, Rates, estimates, measured
+
+    quiet_libraries()
+    config = load_config(target)
+    data = Documents(tokens / "train" if (tokens / "train").is_dir() else tokens, length, length)
+    counts = Counts.of(data)
+    rates = Rates(tokens_per_second or measured(target, data, dtype=dtype, device=device), disk_gb_per_second * 1e9)
+    found = estimates(counts, taps=taps, hidden=config.hidden_size, epochs=epochs, rates=rates, budget=budget_gb * 1e9)
+    record = {"counts": asdict(counts), "rates": asdict(rates), "taps": taps, "epochs": epochs}
+    write_json(json, record | {"modes": [asdict(mode) for mode in found]})
+    Console().print(estimate_table(found, counts, rates, epochs))
+
+
+def estimate_table(found: list[Any], counts: Any, rates: Any, epochs: int) -> Any:
+    """A row for each mode."""
+    from rich import box
+    from rich.table import Table
+
+    title = (
+        f"{counts.tokens:,} tokens ({counts.supervised:,} to learn from), {epochs} epochs; "
+        f"target {rates.tokens:,.0f} tokens/s, disk {rates.disk / 1e9:g} GB/s"
+    )
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        caption="The drafter's own steps come on top of training.",
+    )
+    for name in ("features", "on disk", "bytes/token", "first", "training", "together"):
+        table.add_column(name, justify="left" if name == "features" else "right")
+    for mode in found:
+        kept = "" if mode.share == 1 or not mode.bytes else f" ({mode.share:.0%} kept)"
+        each = mode.bytes / counts.tokens / (mode.share or 1)
+        row = (size(mode.bytes), f"{each:,.0f}", *map(duration, (mode.before, mode.during, mode.seconds)))
+        table.add_row(mode.mode + kept, *row)
+    return table
+
+
+def size(count: int) -> str:
+    """Bytes as a person says them."""
+    for unit, bytes_ in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= bytes_:
+            return f"{count / bytes_:.1f} {unit}"
+    return f"{count} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
 def stats_tables(found: dict[str, dict[str, Any]]) -> list[Any]:
     """The numbers of all splits side by side, then a row for each spread."""
     from rich import box

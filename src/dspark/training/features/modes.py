@@ -89,11 +89,14 @@ def fill(
 
 def piece_bytes(data: Documents, encoding: Encoding) -> np.ndarray[Any, np.dtype[np.int64]]:
     """What each piece takes."""
-    sizes = []
-    for start, end in data.pieces:
-        mask = data.mask[start:end] > 0
-        sizes.append(encoding.size(end - start, int((mask[:-1] & mask[1:]).sum())))
-    return np.asarray(sizes, dtype=np.int64)
+    sizes = zip(data.pieces, kept_positions(data), strict=True)
+    return np.asarray([encoding.size(end - start, kept) for (start, end), kept in sizes], dtype=np.int64)
+
+
+def kept_positions(data: Documents) -> list[int]:
+    """Of each piece, how many last hidden states are kept: of supervised tokens whose next one is supervised."""
+    masks = (data.mask[start:end] > 0 for start, end in data.pieces)
+    return [int((mask[:-1] & mask[1:]).sum()) for mask in masks]
 
 
 def admitted_pieces(data: Documents, encoding: Encoding, budget_gb: float) -> int:
