@@ -113,8 +113,7 @@ class WeightedLoss(torch.autograd.Function):
                 if gradient is not None:
                     whole[some] = gradient
             for index, gradient in enumerate(found[len(inputs) :]):
-                so_far = by_parameter[index]
-                by_parameter[index] = gradient if so_far is None or gradient is None else so_far.add_(gradient)
+                by_parameter[index] = added(by_parameter[index], gradient)
         values = joined(parts, rows.weight_N)
         scaled_N = rows.scale.cross_entropy * values.cross_entropy + rows.scale.l1 * values.l1
         loss = ((scaled_N + rows.scale.kl * values.kl) * rows.weight_N).sum()
@@ -145,6 +144,13 @@ def one_chunk(
         return losses, ()
     gradient_nV = gradient_nV.mul_(rows.weight_N[some, None]).to(draft_nV.dtype)
     return losses, torch.autograd.grad(draft_nV, [*leaves, *parameters], gradient_nV, allow_unused=True)
+
+
+def added(so_far: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    """Their sum, in place; a chunk may leave a parameter unread."""
+    if so_far is None or gradient is None:
+        return so_far if gradient is None else gradient
+    return so_far.add_(gradient)
 
 
 def weighted_loss(

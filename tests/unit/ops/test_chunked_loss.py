@@ -62,3 +62,25 @@ def test_without_gradients_only_values_are_made():
         loss, _ = weighted_loss(rows, hidden_ND, latent_Nr, [own_Vr])
     assert not loss.requires_grad
     torch.testing.assert_close(loss, total.detach())
+
+
+def test_a_parameter_that_some_chunks_do_not_read():
+    torch.manual_seed(0)
+    first_VD, second_VD = (torch.randn(V, D, requires_grad=True) for _ in range(2))
+    hidden_ND, target_PV = torch.randn(4, D), torch.randn(4, V)
+    rows = Rows(
+        draft=lambda h, z: h @ (first_VD if torch.equal(h, hidden_ND[:2]) else second_VD).T,
+        target=lambda places: target_PV[places],
+        place_N=torch.arange(4),
+        label_N=torch.zeros(4, dtype=torch.long),
+        weight_N=torch.ones(4),
+        scale=Scale(1.0, 1.0),
+        chunk=2 * V,
+        fewest=1,
+    )
+    loss, _ = weighted_loss(rows, hidden_ND, None, [first_VD, second_VD])
+    for part, found in zip((slice(0, 2), slice(2, 4)), torch.autograd.grad(loss, [first_VD, second_VD]), strict=True):
+        matrix_VD = torch.zeros(V, D).copy_((first_VD, second_VD)[part.start // 2].detach()).requires_grad_()
+        plain = slot_losses(hidden_ND[part] @ matrix_VD.T, target_PV[part], rows.label_N[part])
+        expected = torch.autograd.grad((plain.cross_entropy + plain.l1).sum(), matrix_VD)[0]
+        torch.testing.assert_close(found, expected)
