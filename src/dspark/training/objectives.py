@@ -79,20 +79,12 @@ def objective(
     Logits exist for one chunk of slots at a time.
     """
     weight_BAK = mask_BAK * weights.of_slots(mask_BAK.shape[-1], mask_BAK.device)
-    total_weight = weight_BAK.sum()
     slot_N = mask_BAK.flatten().nonzero()[:, 0]
     slot_N = slot_N[teacher.place_BAK.flatten()[slot_N].argsort(stable=True)]  # places ascending
     weight_N, label_N, hidden_ND = (x.flatten(0, 2)[slot_N] for x in (weight_BAK, label_BAK, blocks.hidden_BAKD))
-    last_P, place_N = teacher.place_BAK.flatten()[slot_N].unique_consecutive(return_inverse=True)
-    rows = Rows(
-        draft=drafter.slot_logits,
-        target=lambda places: teacher.logits(teacher.last_TD[last_P[places]]),
-        place_N=place_N,
-        label_N=in_draft_vocabulary(label_N, drafter.draft_ids),
-        weight_N=weight_N / total_weight.clamp(min=1e-8),
-        scale=Scale(weights.cross_entropy, weights.l1, weights.kl),
-        draft_ids_V=drafter.draft_ids,
-    )
+    total_weight = weight_BAK.sum()
+    relative_N = weight_N / total_weight.clamp(min=1e-8)
+    rows = rows_of(drafter, teacher, teacher.place_BAK.flatten()[slot_N], label_N, relative_N, weights)
     latent_Nr = None if blocks.latent_BAKr is None else blocks.latent_BAKr.flatten(0, 2)[slot_N]
     trained = [p for p in drafter.parameters() if p.requires_grad]
     total, losses = weighted_loss(rows, hidden_ND, latent_Nr, trained)
@@ -116,6 +108,22 @@ def objective(
         acceptance_BAK=acceptance_BAK,
         taken_BAK=taken_BAK,
         mask_BAK=mask_BAK,
+    )
+
+
+def rows_of(
+    drafter: Trainable, teacher: Teacher, last_N: Tensor, label_N: Tensor, weight_N: Tensor, weights: Weights
+) -> Rows:
+    """Slots sorted by `last_N`, the row of the teacher's hidden states that each is compared with."""
+    last_P, place_N = last_N.unique_consecutive(return_inverse=True)
+    return Rows(
+        draft=drafter.slot_logits,
+        target=lambda places: teacher.logits(teacher.last_TD[last_P[places]]),
+        place_N=place_N,
+        label_N=in_draft_vocabulary(label_N, drafter.draft_ids),
+        weight_N=weight_N,
+        scale=Scale(weights.cross_entropy, weights.l1, weights.kl),
+        draft_ids_V=drafter.draft_ids,
     )
 
 
