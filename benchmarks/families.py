@@ -5,7 +5,8 @@ python benchmarks/families.py --out DIR [--target DIR] [--train DIR --held-out D
 One command, one thread, resumable at any moment: it writes training text with the target where none is given, trains
 every run of `RUNS` by recipe with the same data, steps, batches and taps, lets the engine write both domains of
 `dspark.demo.domains` at temperature 1, and reports what is there so far in DIR/report.md, DIR/*.png and
-DIR/families.json. `--only NAME...` trains those runs alone, `--report` none.
+DIR/families.json. `--only NAME...` trains those runs alone, `--report` none. Two of them at once with different NAMEs
+share the features and use two cores.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SEEDS = (1, 2, 3)
 SHAPES: dict[str, dict[str, Any]] = {  # the losses are each kind's own, as published
     "dspark": {"drafter": {"kind": "dspark", "markov_rank": 128}},
     "dflash": {"drafter": {"kind": "dflash"}},
-    "eagle3": {"drafter": {"kind": "eagle3"}},  # supervised at the same anchors as the others
+    "eagle3": {"drafter": {"kind": "eagle3", "every_position": True}},  # as published: more labels than the others
     # DFlash with DSpark's loss: what of the gain is the loss, what the sequential head
     "dflash_l1": {
         "drafter": {"kind": "dflash"},
@@ -161,7 +162,7 @@ def evaluate(run: Run, options: argparse.Namespace, target: Target, export: Path
             "steps": core.timings.steps,
             "seconds": times,
             "reliability": by_position(measured.records),
-            "thresholds": threshold_sweep(measured.records),
+            "thresholds": threshold_sweep(measured.records, undrafted=measured.undrafted),
         }
     return results
 

@@ -20,6 +20,11 @@ class Measured:
     statistics: SpeculationStatistics = field(default_factory=SpeculationStatistics)
     records: list[RoundRecord] = field(default_factory=list)
 
+    @property
+    def undrafted(self) -> int:
+        """Rounds in which there was nothing to verify."""
+        return self.statistics.rounds - len(self.records)
+
 
 def measure(core: EngineCore, prompts: Texts, params: SamplingParams) -> Measured:
     """Continue all prompts at once and watch every round."""

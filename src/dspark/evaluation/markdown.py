@@ -28,7 +28,7 @@ def report(result: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
         positions(result),
         "## Confidence",
         "Of rounds that were verified in full: a token's confidence where it was reached, and the survival of the "
-        f"prefix up to it.\n\n{confidences(result)}",
+        f"prefix up to it; means over tasks, by their samples.\n\n{confidences(result)}",
         *(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in figures),
     ]
     return "\n\n".join(parts) + "\n"
@@ -76,21 +76,26 @@ def positions(result: Mapping[str, Any]) -> str:
         for task, found in result["tasks"].items()
     ]
     longest = max((len(row) - 2 for row in rows), default=0)
-    return table(
-        ["", "task", *(str(k + 1) for k in range(longest))], [row + ["-"] * (longest + 2 - len(row)) for row in rows]
-    )
+    header = ["", "task", *(str(k + 1) for k in range(longest))]
+    return table(header, [row + ["-"] * (longest + 2 - len(row)) for row in rows], texts=2)
 
 
 def confidences(result: Mapping[str, Any]) -> str:
-    """ECE, AUROC and Brier score of every drafter, task and position."""
+    """ECE, AUROC and Brier score of every drafter and position."""
     rows = []
     for name in names(result):
-        for task, found in result["tasks"].items():
-            scores = found["ways"][name].get("reliability", {"conditional": [], "survival": []})
-            for k, (token, prefix) in enumerate(zip(scores["conditional"], scores["survival"], strict=True), 1):
-                cells = [str(token["samples"]), shown(token["mean"], "{:.2f}"), shown(token["accepted"], "{:.2f}")]
-                cells += [shown(token[field], "{:.3f}") for field in ("ece", "auroc", "brier")]
-                cells += [shown(prefix[field], "{:.3f}") for field in ("ece", "auroc", "brier")]
-                rows.append([name, task, str(k), *cells])
-    header = ["", "task", "position", "samples", "said", "accepted", "ECE", "AUROC", "Brier"]
-    return table([*header, "survival ECE", "AUROC", "Brier"], rows, texts=2)
+        found = [way["reliability"] for way in ways(result, name) if way.get("reliability")]
+        for k in range(max((len(scores["survival"]) for scores in found), default=0)):
+            at = {kind: [s[kind][k] for s in found if k < len(s[kind])] for kind in ("conditional", "survival")}
+            cells = [str(sum(scores["samples"] for scores in at["conditional"]))]
+            cells += [shown(weighted(at["conditional"], field), "{:.2f}") for field in ("mean", "accepted")]
+            cells += [shown(weighted(at[kind], f), "{:.3f}") for kind in at for f in ("ece", "auroc", "brier")]
+            rows.append([name, str(k + 1), *cells])
+    header = ["", "position", "samples", "said", "accepted", "ECE", "AUROC", "Brier"]
+    return table([*header, "survival ECE", "AUROC", "Brier"], rows)
+
+
+def weighted(scores: Sequence[Mapping[str, Any]], field: str) -> float | None:
+    """A score's mean over tasks, by their samples."""
+    known = [(one[field], one["samples"]) for one in scores if one[field] is not None]
+    return sum(value * count for value, count in known) / sum(count for _, count in known) if known else None

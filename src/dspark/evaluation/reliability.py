@@ -22,23 +22,27 @@ def by_position(records: Sequence[RoundRecord]) -> dict[str, list[dict[str, Any]
     }
 
 
-def threshold_sweep(records: Sequence[RoundRecord], steps: int = 20) -> list[dict[str, float | None]]:
+def threshold_sweep(
+    records: Sequence[RoundRecord], *, undrafted: int = 0, steps: int = 20
+) -> list[dict[str, float | None]]:
     """What a plan `threshold:C` would have verified and accepted of the rounds that were verified in full, by C.
 
-    Rounds in which nothing was drafted are not among them. The same rounds are cut at every threshold, so the curve has
-    no noise between its points; only which rounds come about at all would differ a little in a run of its own.
+    `undrafted` rounds had nothing to verify: each is a token whatever the threshold. The same rounds are cut at every
+    threshold, so the curve has no noise between its points; only which rounds come about would differ a little in
+    a run of its own.
     """
     whole = [record for record in records if record.full]
-    return [sweep_point(whole, step / steps) for step in range(steps)] if whole else []
+    return [sweep_point(whole, step / steps, undrafted) for step in range(steps)] if whole else []
 
 
-def sweep_point(records: Sequence[RoundRecord], threshold: float) -> dict[str, float | None]:
+def sweep_point(records: Sequence[RoundRecord], threshold: float, undrafted: int) -> dict[str, float | None]:
     """One threshold's means over rounds; no acceptance rate where it lets nothing through."""
     lengths = [next((k for k, c in enumerate(r.confidence) if c < threshold), len(r.confidence)) for r in records]
     accepted = sum(min(length, record.accepted) for length, record in zip(lengths, records, strict=True))
+    rounds = len(records) + undrafted
     return {
         "threshold": threshold,
-        "tau": 1 + accepted / len(records),
-        "verified": sum(lengths) / len(records),
+        "tau": 1 + accepted / rounds,
+        "verified": sum(lengths) / rounds,
         "acceptance_rate": accepted / sum(lengths) if sum(lengths) else None,
     }

@@ -195,7 +195,10 @@ def numbers(one: Contestant, plain: Contestant) -> dict[str, Any]:
     }
     found |= acceptance(measured.statistics)
     if measured.records:
-        found |= {"reliability": by_position(measured.records), "thresholds": threshold_sweep(measured.records)}
+        found |= {
+            "reliability": by_position(measured.records),
+            "thresholds": threshold_sweep(measured.records, undrafted=measured.undrafted),
+        }
     return found
 
 

@@ -43,3 +43,10 @@ def test_a_sweep_trades_tokens_for_acceptance():
     taus = [p["tau"] for p in points]
     assert taus == sorted(taus, reverse=True) and points[15]["acceptance_rate"] > points[0]["acceptance_rate"] + 0.3
     assert threshold_sweep([]) == []
+
+
+def test_rounds_without_a_draft_are_a_token_each():
+    found = records()[0]
+    alone, diluted = threshold_sweep(found)[3], threshold_sweep(found, undrafted=200)[3]
+    assert diluted["tau"] - 1 == pytest.approx((alone["tau"] - 1) / 2)
+    assert diluted["acceptance_rate"] == alone["acceptance_rate"]
