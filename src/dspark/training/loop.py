@@ -37,7 +37,7 @@ from dspark.training.objectives import Objective
 from dspark.training.optimizer import learning_rate, optimizers_of, whole
 from dspark.training.packing import Row
 from dspark.training.report import Report, reporting, write_run
-from dspark.training.sharding import Ranks, joined, load_target, shard_drafter, shard_target
+from dspark.training.sharding import Ranks, SplitTarget, joined, load_target, shard_drafter, shard_target
 
 Job = Sequence[Row]
 """The rows of a micro-batch."""
@@ -77,8 +77,13 @@ class Trainer:
             start=config.start,
             data=config.train,
         )
-        self.target = OnlineTarget(model, self.drafter.taps)
-        if config.shard_target and ranks.size > 1:
+        if config.tensor_parallel > 1:
+            mesh = ranks.mesh(config.tensor_parallel)["target"]
+            self.target: OnlineTarget = SplitTarget(model, self.drafter.taps, mesh)
+        else:
+            self.target = OnlineTarget(model, self.drafter.taps)
+        divided = config.tensor_parallel > 1 or (config.shard_target and ranks.size > 1)
+        if divided and config.tensor_parallel == 1:
             shard_target(model, ranks)
         place, share = self.out / "features", (ranks.rank, ranks.size)
         self.features = open_features(config.features, self.target, self.train_data, place, share=share)
@@ -86,8 +91,7 @@ class Trainer:
         if sharded:
             shard_drafter(self.drafter, ranks)
         self.parameters = [p for p in self.drafter.parameters() if p.requires_grad]
-        # shards are gathered by hooks, in the same order on all ranks
-        one_by_one = ranks.device.type != "cpu" or (config.shard_target and ranks.size > 1)
+        one_by_one = divided or ranks.device.type != "cpu"  # ranks that divide a target meet in every layer of it
         self.gradients: Gradients = (
             Sharded(self.drafter, self.parameters, ranks)
             if sharded
@@ -277,12 +281,14 @@ class Trainer:
 
 
 def check_share(config: TrainConfig, ranks: Ranks) -> None:
-    """Raises UserError where a step cannot be dealt evenly."""
+    """Raises UserError where the ranks cannot share a step, or the target."""
     if config.batch % (config.micro_batch * ranks.size):
         raise UserError(
             f"batch {config.batch} is no multiple of micro_batch {config.micro_batch} times {ranks.size} ranks; "
             "make it one"
         )
+    if ranks.size % config.tensor_parallel:
+        raise UserError(f"tensor_parallel {config.tensor_parallel} does not divide {ranks.size} ranks; start more")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from dspark.common.errors import UserError
 from dspark.models.loading import load_causal_lm, load_config, resolve_device, resolve_dtype
 from dspark.models.taps import decoder_of
+from dspark.training.data import Batch
+from dspark.training.features import OnlineTarget
 
 T = TypeVar("T")
 STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
@@ -149,6 +152,37 @@ def split_target(model: PreTrainedModel, mesh: DeviceMesh) -> None:
             f"tensor_parallel {split} does not divide the target's {config.num_key_value_heads} key/value heads"
         )
     parallelize_module(decoder, mesh, ways, src_data_rank=None)
+
+
+class SplitTarget(OnlineTarget):
+    """A target that several ranks split: they bring their rows together, run it on all, and each takes its own."""
+
+    def __init__(self, model: PreTrainedModel, taps: Sequence[int], mesh: DeviceMesh) -> None:
+        split_target(model, mesh)
+        super().__init__(model, taps)
+        self.group, self.place = mesh.get_group(), mesh.get_local_rank()
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As an unsplit target's; every rank of the group calls it as often."""
+        found: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(found, batch.to(torch.device("cpu")), group=self.group)
+        begin = sum(len(other.token_BS) for other in found[: self.place])
+        rows, width = batch.token_BS.shape
+        taps_BSD, last_BSD = super().__call__(beside(found).to(batch.token_BS.device))
+        return taps_BSD[begin : begin + rows, :width], last_BSD[begin : begin + rows, :width]
+
+
+def beside(batches: Sequence[Batch]) -> Batch:
+    """Batches as one, padded on the right to the widest; padding is a document of its own."""
+    width = max(batch.token_BS.shape[1] for batch in batches)
+    tokens, masks, starts = [], [], []
+    for batch in batches:
+        own = batch.token_BS.shape[1]
+        tokens.append(pad(batch.token_BS, (0, width - own)))
+        masks.append(pad(batch.mask_BS, (0, width - own)))
+        starts.append(pad(batch.start_BS, (0, width - own), value=own))
+    pieces = tuple(row for batch in batches for row in batch.pieces)
+    return Batch(torch.cat(tokens), torch.cat(masks), torch.cat(starts), pieces)
 
 
 def shard_drafter(drafter: nn.Module, ranks: Ranks) -> None:

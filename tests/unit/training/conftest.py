@@ -20,7 +20,7 @@ def recipe(tmp_path_factory):
         "hidden_size": 16,
         "intermediate_size": 24,
         "num_attention_heads": 2,
-        "num_key_value_heads": 1,
+        "num_key_value_heads": 2,
         "head_dim": 8,
     }
     config = Qwen3Config(vocab_size=VOCABULARY, num_hidden_layers=3, max_position_embeddings=64, **shape)

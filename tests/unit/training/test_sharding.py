@@ -3,13 +3,18 @@
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 from dataclasses import replace
 
+import pytest
 import torch
 
+from dspark.common.errors import UserError
 from dspark.drafters import checkpoint
-from dspark.training.loop import Trainer, train
+from dspark.training.data import Batch
+from dspark.training.loop import Trainer, check_share, train
+from dspark.training.sharding import Ranks, beside
 
 
 def rank_of(rank, size, port, config, out):
@@ -46,17 +51,85 @@ def close(one, other, *, rtol):
         )
 
 
-def test_two_ranks_train_as_one(recipe, tmp_path):
-    """Data parallel for four steps, then sharded on two ranks, then on one: the curve of one rank alone."""
-    config = replace(recipe, steps=12, save_every=4, evaluate_every=4, micro_batch=1, ema=0.9)
-    Trainer(config, tmp_path / "one").run()
-    start(config, tmp_path / "two", ranks=2)
-    close(lines(tmp_path / "one"), lines(tmp_path / "two"), rtol=1e-4)
-    start(replace(config, shard_drafter=True, shard_target=True), tmp_path / "sharded", ranks=2)
-    close(lines(tmp_path / "one"), lines(tmp_path / "sharded"), rtol=1e-4)
-    one, two, sharded = (
-        checkpoint.load(tmp_path / name / "export")[0].state_dict() for name in ("one", "two", "sharded")
-    )
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, two[name], atol=0.01, rtol=0.02)
-        torch.testing.assert_close(tensor, sharded[name], atol=0.01, rtol=0.02)
+def from_step(out, step, fresh):
+    """A copy of a run as it was after that step."""
+    shutil.copytree(out, fresh, ignore=shutil.ignore_patterns("export", "best"))
+    for path in (fresh / "checkpoints").iterdir():
+        if path.name != f"step-{step:08d}":
+            shutil.rmtree(path)
+    return fresh
+
+
+def weights(out):
+    return checkpoint.load(out / "export")[0].state_dict()
+
+
+def same(one, other):
+    """The same curve and the same weights."""
+    close(lines(one), lines(other), rtol=1e-4)
+    theirs = weights(other)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, theirs[name], atol=0.01, rtol=0.02)  # of bfloat16
+
+
+@pytest.fixture(scope="module")
+def config(recipe):
+    often = {"save_every": 4, "evaluate_every": 4, "keep": 3}
+    return replace(recipe, steps=12, micro_batch=1, ema=0.9, row_tokens=60, **often)
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    """The run of one rank."""
+    out = tmp_path_factory.mktemp("alone")
+    Trainer(config, out).run()
+    return out
+
+
+def test_two_ranks_train_as_one(config, alone, tmp_path):
+    start(config, from_step(alone, 4, tmp_path / "two"))
+    same(alone, tmp_path / "two")
+
+
+def test_two_ranks_that_split_the_target_train_as_one(config, alone, tmp_path):
+    start(replace(config, tensor_parallel=2), from_step(alone, 8, tmp_path / "split"))
+    same(alone, tmp_path / "split")
+
+
+def test_sharded_ranks_train_as_one_and_one_goes_on_from_them(config, alone, tmp_path):
+    sharded = replace(config, shard_drafter=True, shard_target=True)
+    start(sharded, tmp_path / "sharded")
+    same(alone, tmp_path / "sharded")
+    again = from_step(tmp_path / "sharded", 8, tmp_path / "again")
+    Trainer(config, again).run()
+    same(alone, again)
+    assert [start["ranks"] for start in json.loads((again / "run.json").read_text())["starts"]] == [2, 1]
+
+
+def test_sharded_muon(config, tmp_path):
+    """Its directions need whole matrices."""
+    config = replace(config, optimizer="muon", steps=4)
+    Trainer(config, tmp_path / "alone").run()
+    start(replace(config, shard_drafter=True), tmp_path / "sharded")
+    close(lines(tmp_path / "alone"), lines(tmp_path / "sharded"), rtol=1e-3)
+
+
+def test_what_ranks_cannot_share_is_refused(config):
+    two = Ranks(torch.device("cpu"), 0, 2)
+    for change, message in (
+        ({"batch": 3}, "batch 3 is no multiple of micro_batch 1 times 2 ranks"),
+        ({"tensor_parallel": 4}, "tensor_parallel 4 does not divide 2 ranks"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_share(replace(config, **change), two)
+
+
+def test_batches_side_by_side_keep_their_documents_apart():
+    def batch(*starts):
+        start_BS = torch.tensor([starts])
+        return Batch(torch.ones_like(start_BS), torch.ones_like(start_BS).bool(), start_BS, ((len(starts),),))
+
+    both = beside([batch(0, 0, 2), batch(0, 0, 0, 0, 4)])
+    assert both.start_BS.tolist() == [[0, 0, 2, 3, 3], [0, 0, 0, 0, 4]]
+    assert both.mask_BS.tolist() == [[True] * 3 + [False] * 2, [True] * 5]
+    assert both.pieces == ((3,), (5,))
