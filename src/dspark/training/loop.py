@@ -37,7 +37,7 @@ from dspark.training.objectives import Objective
 from dspark.training.optimizer import learning_rate, optimizers_of, whole
 from dspark.training.packing import Row
 from dspark.training.report import Report, reporting, write_run
-from dspark.training.sharding import Ranks, SplitTarget, joined, load_target, shard_drafter, shard_target
+from dspark.training.sharding import Ranks, SplitTarget, check_share, joined, load_target, shard_drafter, shard_target
 
 Job = Sequence[Row]
 """The rows of a micro-batch."""
@@ -278,17 +278,6 @@ class Trainer:
             if self.ranks.first:
                 options: dict[str, Any] = {"dtype": kind, "frozen": config.export_frozen, "state": state}
                 save(self.drafter, self.drafter_config, directory, **options)
-
-
-def check_share(config: TrainConfig, ranks: Ranks) -> None:
-    """Raises UserError where the ranks cannot share a step, or the target."""
-    if config.batch % (config.micro_batch * ranks.size):
-        raise UserError(
-            f"batch {config.batch} is no multiple of micro_batch {config.micro_batch} times {ranks.size} ranks; "
-            "make it one"
-        )
-    if ranks.size % config.tensor_parallel:
-        raise UserError(f"tensor_parallel {config.tensor_parallel} does not divide {ranks.size} ranks; start more")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,6 +25,7 @@ from dspark.training.data import Documents, write_documents
 from dspark.training.drafter import drafter_fields
 from dspark.training.loop import Trainer
 from dspark.training.published import shrunk, text_config
+from dspark.training.student import create_student
 
 VOCABULARY, LENGTH = 256, 32  # of the tiny run
 STATE_BYTES = 16  # of a trained parameter: weight, gradient, and AdamW's two moments, float32
@@ -86,6 +87,9 @@ def preview(config: TrainConfig, *, samples: int) -> Preview:
 
 def drafter_of(config: TrainConfig, text: PreTrainedConfig, target: Any) -> tuple[nn.Module, DrafterConfig]:
     """The recipe's drafter without memory, and its config. Raises UserError for taps that the target lacks."""
+    if config.drafter.kind == "draft_model":
+        with torch.device("meta"):
+            return create_student(target, config.drafter, seed=config.seed, init=config.init, start="random")
     parsed = parse(drafter_fields(text, config.drafter, config.anchors), "the recipe's drafter")
     check_taps(parsed.taps, text.num_hidden_layers)
     with torch.device("meta"):

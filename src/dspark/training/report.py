@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dspark.common.errors import UserError
+from dspark.common.extras import require
 from dspark.common.files import replacing_file
 from dspark.common.provenance import provenance
 from dspark.training.checkpoint import LOG
@@ -142,10 +143,9 @@ class TensorBoard:
     """Event files in `out`/tensorboard."""
 
     def __init__(self, out: Path, begin: int, stack: ExitStack) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("tensorboard: true needs its package; pip install 'dspark[train]'") from error
+        require("tensorboard", "train")
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=begin + 1)  # a resumed run writes them again
         stack.callback(self.writer.close)
 
@@ -158,10 +158,7 @@ class WeightsAndBiases:
     """One run of a project; the same again when the training is continued."""
 
     def __init__(self, config: TrainConfig, out: Path, stack: ExitStack) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("wandb needs its package; pip install wandb, or leave the field out") from error
+        wandb = require("wandb", "wandb")
         known = out / "wandb_id"
         self.run = wandb.init(
             project=config.wandb,

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from dspark.common.errors import UserError
 from dspark.models.loading import load_causal_lm, load_config, resolve_device, resolve_dtype
 from dspark.models.taps import decoder_of
+from dspark.training.config import TrainConfig
 from dspark.training.data import Batch
 from dspark.training.features import OnlineTarget
 
@@ -89,6 +90,17 @@ def joined(device: str) -> Iterator[Ranks]:
         yield Ranks(place, dist.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     finally:
         dist.destroy_process_group()
+
+
+def check_share(config: TrainConfig, ranks: Ranks) -> None:
+    """Raises UserError where the ranks cannot share a step, or the target."""
+    if config.batch % (config.micro_batch * ranks.size):
+        raise UserError(
+            f"batch {config.batch} is no multiple of micro_batch {config.micro_batch} times {ranks.size} ranks; "
+            "make it one"
+        )
+    if ranks.size % config.tensor_parallel:
+        raise UserError(f"tensor_parallel {config.tensor_parallel} does not divide {ranks.size} ranks; start more")
 
 
 def load_target(source: str, dtype: str, ranks: Ranks) -> PreTrainedModel:

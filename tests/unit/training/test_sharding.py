@@ -13,8 +13,8 @@ import torch
 from dspark.common.errors import UserError
 from dspark.drafters import checkpoint
 from dspark.training.data import Batch
-from dspark.training.loop import Trainer, check_share, train
-from dspark.training.sharding import Ranks, beside
+from dspark.training.loop import Trainer, train
+from dspark.training.sharding import Ranks, beside, check_share
 
 
 def rank_of(rank, size, port, config, out):
