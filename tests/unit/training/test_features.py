@@ -130,6 +130,17 @@ def test_cached_text_never_meets_the_target_again_and_a_stopped_filling_goes_on(
     assert len(again) == len(data.pieces)
 
 
+def test_beside_new_pieces_those_that_are_kept_stay_as_they_are(model, data, tmp_path):
+    cached, target = opened(FeatureConfig("hybrid", "memory"), model, data, tmp_path)
+    taps_SW, last_nD = torch.ones(9, 48), torch.ones(6, 16)
+    cached.store.put(0, cached.encoding.encode(Piece(taps_SW, last_nD)))
+    batch = data.batch([(0,), (1,)])
+    taps_BSW, _ = cached(batch)
+    assert torch.equal(taps_BSW[0, :9], taps_SW)
+    torch.testing.assert_close(taps_BSW[1], target(batch)[0][1], rtol=1e-2, atol=1e-2)
+    assert cached.store.get(1) is not None
+
+
 def test_several_fill_one_directory_and_find_each_others_pieces(model, data, tmp_path):
     config, target = FeatureConfig("cached"), OnlineTarget(model, TAPS)
     one = open_features(config, target, data, tmp_path / "cache", share=(0, 2))

@@ -36,8 +36,10 @@ class CachedFeatures:
         """(taps [B, S, W], last [B, S, D]) on the batch's device."""
         spans, wanted_BS = batch.spans, eligible(batch)
         found = [self.store.get(span.piece) for span in spans]
-        if any(data is None for data in found):
-            found = self.run(batch, spans, wanted_BS)
+        missing = [index for index, data in enumerate(found) if data is None]
+        if missing:
+            for index, fresh in zip(missing, self.run(batch, [spans[i] for i in missing], wanted_BS), strict=True):
+                found[index] = fresh
         place, (B, S) = batch.token_BS.device, batch.token_BS.shape
         taps_BSW = torch.zeros(B, S, self.encoding.taps, dtype=self.dtype, device=place)
         last_BSD = torch.zeros(B, S, self.encoding.hidden, dtype=self.dtype, device=place)
@@ -48,10 +50,14 @@ class CachedFeatures:
             last_BSD[row, begin:end][wanted_BS[row, begin:end]] = piece.last_nD
         return taps_BSW, last_BSD
 
-    def run(self, batch: Batch, spans: list[Span], wanted_BS: Tensor) -> list[Tensor | None]:
-        """The encoded pieces of a batch, from the target; those that may be kept are."""
+    def run(self, batch: Batch, spans: list[Span], wanted_BS: Tensor) -> list[Tensor]:
+        """Some encoded pieces of a batch, from the target; those that may be kept are.
+
+        The target always meets the whole batch: a piece's numbers are those of the step it first came in, to the bit,
+        also where a run that was killed does that step again.
+        """
         taps_BSW, last_BSD = self.target(batch)
-        found: list[Tensor | None] = []
+        found = []
         for piece, row, begin, end in spans:
             wanted_S = wanted_BS[row, begin:end]
             data = self.encoding.encode(Piece(taps_BSW[row, begin:end], last_BSD[row, begin:end][wanted_S]))
