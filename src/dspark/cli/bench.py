@@ -92,9 +92,11 @@ def load(
     dtype: Annotated[str, typer.Option()] = "auto",
     device: Annotated[str, typer.Option()] = "auto",
     join: Annotated[list[Path] | None, typer.Option(help="An earlier load.json whose rows belong to these.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write rounds for `dspark simulate` here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write load.json and figures into this directory.")] = None,
 ) -> None:
     """Compare planners under closed and open load, every one in turn."""
+    check_output(trace)
     names = [name for name in policies.split(",") if name]
     counts, speeds = numbers("users", users, whole=True), numbers("rates", rates)
 
@@ -135,4 +137,4 @@ def load(
     held_out = [text for _, text in held_out_texts(listing(demo_target_path()))] or PROMPTS
     texts = read_prompts(prompts) if prompts is not None else held_out
     due = {rate: arrivals_of(arrivals, rate=rate, seconds=seconds, seed=seed) for rate in speeds}
-    run_load(settings, texts, due, out, joined=join or ())
+    run_load(settings, texts, due, out, joined=join or (), trace=trace)

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from dspark.cli import bench, data, demo, evaluate, generate, profile, train
+from dspark.cli import bench, data, demo, evaluate, generate, profile, simulate, train
 from dspark.common.errors import UserError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command()(generate.generate)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(profile.profile)
+app.command()(simulate.simulate)
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 

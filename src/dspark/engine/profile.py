@@ -88,7 +88,7 @@ def identity(core: EngineCore) -> dict[str, str]:
         "drafter": f"{_shapes(drafter)}, block {core.admission.block_size}",
         "dtype": str(target.dtype).removeprefix("torch."),
         "graphs": "compiled" if compiled else "eager",
-        "version": f"dspark {versions['dspark']}, torch {versions['torch']}",
+        "version": f"dspark {versions['dspark']} ({versions['commit'] or 'released'}), torch {versions['torch']}",
     }
 
 

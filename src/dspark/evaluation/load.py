@@ -12,7 +12,11 @@ from dspark.engine.request import Commit, RequestStatistics
 from dspark.engine.step import EngineCore
 from dspark.evaluation.workload import NOISE, Blinded, LoadRequest
 from dspark.speculation.live_cost import LiveCost
-from dspark.speculation.planner import Planner
+from dspark.speculation.planner import Full, Planner
+from dspark.speculation.reliability import RoundRecord
+from dspark.speculation.round_trace import RoundTrace
+
+RECORDING_USERS = 8
 
 
 @dataclass
@@ -172,3 +176,27 @@ def _replace(driver: Driver, requests: Iterator[LoadRequest]) -> None:
     for commit in driver.step():
         if commit.finish_reason:
             driver.add(next(requests))
+
+
+def record_rounds(driver: Driver, requests: Iterator[LoadRequest], rounds: int = 2000) -> RoundTrace:
+    """Rounds of `RECORDING_USERS` users with everything verified, at least `rounds`: what a simulator draws from."""
+    core = driver.core
+    block = core.admission.block_size
+    found: dict[str, list[tuple[Sequence[float], int]]] = {}
+
+    def observe(records: Sequence[RoundRecord]) -> None:
+        for record in records:
+            if record.full and record.verified == block:  # the last rounds of a request have room for fewer
+                found.setdefault(driver.kinds[record.request_id], []).append((record.confidence, record.accepted))
+
+    planner, meter, observer = core.planning.planner, core.meter, core.observer
+    core.planning.planner, core.meter, core.observer = Full(), None, observe
+    try:
+        for _ in range(RECORDING_USERS):
+            driver.add(next(requests))
+        while sum(map(len, found.values())) < rounds:
+            _replace(driver, requests)
+    finally:
+        driver.clear()
+        core.planning.planner, core.meter, core.observer = planner, meter, observer
+    return RoundTrace.of(block, found)

@@ -24,7 +24,7 @@ from dspark.engine.build import build_engine
 from dspark.engine.pricing import plan_with
 from dspark.engine.profile import Profile, ensure_profile
 from dspark.engine.step import EngineCore
-from dspark.evaluation.load import Driver, Policy, Slice, closed_loop, open_loop
+from dspark.evaluation.load import Driver, Policy, Slice, closed_loop, open_loop, record_rounds
 from dspark.evaluation.workload import Workload
 
 
@@ -128,11 +128,18 @@ def _row(mode: str, name: str, load: float, slices: Sequence[Slice]) -> dict[str
 
 
 def run_load(
-    settings: LoadSettings, prompts: Sequence[str], arrivals: Arrivals, out: Path | None, *, joined: Sequence[Path] = ()
+    settings: LoadSettings,
+    prompts: Sequence[str],
+    arrivals: Arrivals,
+    out: Path | None,
+    *,
+    joined: Sequence[Path] = (),
+    trace: Path | None = None,
 ) -> dict[str, Any]:
     """Build the engine, measure, print the table, write JSON and figures into `out`; returns what JSON holds.
 
-    Rows of earlier results in `joined` are shown and written together with the new ones.
+    Rows of earlier results in `joined` are shown and written together with the new ones. `trace` gets rounds
+    for the simulator.
     """
     if out is not None:
         check_matplotlib()
@@ -164,6 +171,8 @@ def run_load(
     if settings.profile is None:
         ensure_profile(core)
     freeze_startup()
+    if trace is not None:
+        record_rounds(Driver(core, blind=settings.blind), workload.stream()).save(trace)
     loads = len(settings.users) + len(settings.rates)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("load", total=(1 + settings.rounds) * loads * len(settings.policies))
