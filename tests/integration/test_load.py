@@ -101,7 +101,7 @@ def test_the_command(tiny_pair, cache, tmp_path, capsys):
         (1, "joint"), (1, "none"), (2, "joint"), (2, "none"),
     ]  # fmt: skip
     assert sum("rate" in row for row in held["rows"]) == 2
-    assert {path.name for path in out.iterdir()} == {"load.json", "frontier.png", "concurrency.png"}
+    assert {path.name for path in out.iterdir()} == {"load.json", "profile.json", "frontier.png", "concurrency.png"}
     assert "tokens/s" in capsys.readouterr().out
 
 

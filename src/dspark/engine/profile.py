@@ -29,7 +29,8 @@ from dspark.speculation.statistics import SpeculationStatistics
 
 FORMAT = 1
 SECONDS = 10.0  # spent on measuring, about
-PASSES = 6  # of every kind of step, if the seconds allow
+PASSES = 2  # over every kind of step, if the seconds allow
+STRETCH = 3  # steps of one kind on end that are measured
 PROMPT = 32  # tokens of each request whose steps are measured
 LONG_PROMPT = 512  # ... of the few whose context is to show
 LONG_REQUESTS = 4
@@ -198,7 +199,7 @@ class _Bench:
     @property
     def reach(self) -> int:
         """Tokens that one request may grow by while it is measured."""
-        return (1 + PASSES) * len(self.lengths(1)) * (self.block + 1)
+        return (1 + STRETCH) * PASSES * len(self.lengths(1)) * (self.block + 1)
 
     def lengths(self, requests: int) -> list[int]:
         """The lengths that are drafted and verified with so many requests."""
@@ -223,7 +224,11 @@ class _Bench:
             self.sweep(long, self.long_prompt, min(self.deadline, time.perf_counter() + share))
 
     def sweep(self, requests: int, prompt: int, until: float) -> None:
-        """Every length, in passes, after one pass that warms up and is not counted."""
+        """Every length for a few steps on end, in passes.
+
+        A step that follows one of its own kind finds its own weights in the caches, as it will when serving; the
+        first of each stretch follows another kind, and is not counted.
+        """
         core, script = self.core, self.script
         params = SamplingParams(max_tokens=None, temperature=0.0, seed=0, acceptance="rejection", ignore_eos=True)
         for _ in range(requests):
@@ -232,15 +237,16 @@ class _Bench:
         while core.admission.waiting or not all(request.decoding for request in core.admission.running):
             core.step()
             self.tick()
-        lengths = self.lengths(requests)
-        meter, core.meter = core.meter, None
-        for number in range(1 + PASSES):
-            for length in lengths:
+        meter = core.meter
+        for _ in range(PASSES):
+            for length in self.lengths(requests):
                 script.draft = script.verify = length
-                core.step()
+                for number in range(1 + STRETCH):
+                    core.meter = meter if number else None
+                    core.step()
             core.meter = meter
             self.tick()
-            if number and time.perf_counter() > until:
+            if time.perf_counter() > until:
                 break
         for request in list(core.requests):
             core.cancel(request)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from dspark.engine.request import Commit, RequestStatistics
 from dspark.engine.step import EngineCore
 from dspark.evaluation.workload import NOISE, Blinded, LoadRequest
+from dspark.speculation.cost import StepTime
 from dspark.speculation.live_cost import LiveCost
 from dspark.speculation.planner import Full, Planner
 from dspark.speculation.reliability import RoundRecord
@@ -27,10 +28,12 @@ class Policy:
     planner: Planner
     live: LiveCost | None = None
 
-    def enter(self, core: EngineCore) -> None:
-        """Make it the engine's."""
-        core.planning.planner = self.planner
-        core.meter = self.live.observe if self.live is not None else None
+    def enter(self, core: EngineCore, also: Callable[[StepTime], None] | None = None) -> None:
+        """Make it the engine's; `also` gets every step beside the policy's own price."""
+        own = self.live.observe if self.live is not None else None
+        core.planning.planner, core.meter = self.planner, own or also
+        if own is not None and also is not None:
+            core.meter = lambda step: (own(step), also(step))[0]
 
 
 @dataclass(frozen=True)

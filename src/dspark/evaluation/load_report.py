@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +26,8 @@ from dspark.engine.profile import Profile, ensure_profile
 from dspark.engine.step import EngineCore
 from dspark.evaluation.load import Driver, Policy, Slice, closed_loop, open_loop, record_rounds
 from dspark.evaluation.workload import Workload
+from dspark.speculation.cost import StepTime
+from dspark.speculation.cost_fit import recalibrated
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,13 @@ def load_test(
     arrivals: Arrivals,
     *,
     core: EngineCore,
+    meter: Callable[[StepTime], None] | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Every policy at every load in turn, `rounds` times after one that warms up; one row of results for each."""
+    """Every policy at every load in turn, `rounds` times after one that warms up; one row of results for each.
+
+    `meter` gets every step of the counted rounds.
+    """
     profile = Profile.load(settings.profile) if settings.profile else None
     if profile is not None:
         profile.check(core, settings.profile or "")
@@ -70,7 +76,7 @@ def load_test(
         for mode, load in _loads(settings):
             order = policies if number % 2 else policies[::-1]
             for policy in order:
-                policy.enter(core)
+                policy.enter(core, meter if number else None)
                 stream = workload.stream(number)
                 if mode == "users":
                     found = closed_loop(driver, stream, int(load), seconds)
@@ -168,17 +174,21 @@ def run_load(
     longest = workload.prompt_tokens[1] + workload.new_tokens[1]
     if longest > core.intake.context_limit:
         raise UserError(f"prompts and answers of up to {longest} tokens exceed the context {core.intake.context_limit}")
-    if settings.profile is None:
-        ensure_profile(core)
+    profile = ensure_profile(core) if settings.profile is None else Profile.load(settings.profile)
     freeze_startup()
     if trace is not None:
         record_rounds(Driver(core, blind=settings.blind), workload.stream()).save(trace)
     loads = len(settings.users) + len(settings.rates)
+    steps: list[StepTime] = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("load", total=(1 + settings.rounds) * loads * len(settings.policies))
-        rows = load_test(settings, workload, arrivals, core=core, tick=lambda: progress.advance(task))
+        rows = load_test(
+            settings, workload, arrivals, core=core, meter=steps.append, tick=lambda: progress.advance(task)
+        )
     result = {"settings": asdict(settings), "provenance": provenance(core.target.device), "rows": earlier + rows}
     write(result, console, out)
+    if out is not None:
+        replace(profile, cost=recalibrated(profile.cost, steps), steps=len(steps)).save(out / "profile.json")
     return result
 
 

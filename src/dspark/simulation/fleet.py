@@ -70,9 +70,10 @@ def simulate_fleet(
             total += inside_R.mean()
             queued += np.maximum(inside_R - capacity.most, 0).mean()
         running, waiting = total / each, queued / each
-        if rest and float(np.mean(inside_R > capacity.most)) > 0.5:
-            growth = (inside_R.sum() - began) / replicas / (each * step)
-            path = _continued(inside_R, growth * rest, capacity.most)
+        growth = (inside_R.sum() - began) / replicas / (each * step)
+        net = rate / replicas - rate_S[capacity.most]
+        if rest and (net >= 0 or growth < 0.5 * net):  # a queue that builds up, or goes down as fast as it can
+            path = _continued(inside_R, net * rest, capacity.most)
             spread = np.minimum(np.round(path).astype(np.int64), STATES - 1)
             np.add.at(seen_S, spread, seen_S.sum() * rest / (each * step) / len(path))
             share = rest / stretch

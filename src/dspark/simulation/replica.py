@@ -5,6 +5,7 @@ R requests of a step, K draft slots.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -76,7 +77,9 @@ class Replica:
         *,
         config: EngineConfig | None = None,
         seed: int = 0,
+        planning_time: bool = True,
     ):
+        """`planning_time`: the planner's own time, as it runs here, is part of a step; without it runs repeat."""
         config = config or EngineConfig(pages=1 << 14, prefix_caching=False)
         assert config.pages is not None and not config.prefix_caching
         self.cost, self.trace = cost, trace
@@ -85,10 +88,12 @@ class Replica:
         pool = PagePool(config.pages, config.page_size, remember=False)
         self.admission = Admission(pool, config, block_size=trace.block)
         self.planning = Planning(parse_planner(planner, cost))
+        self.clock = time.thread_time if planning_time else lambda: 0.0
         self.now = 0.0
         self.tokens = 0
         self.known: dict[int, Served] = {}
         self._next = 0
+        self._observing = 0.0  # what the planner took to learn from the last step
 
     @property
     def idle(self) -> bool:
@@ -118,14 +123,20 @@ class Replica:
         schedule = self.admission.schedule()
         if not (schedule.sampled or schedule.partial):
             return []
+        planning = -self.clock()
         slots = self.planning.slots(schedule) if schedule.sampled else 0
+        planning += self.clock()
         draft, could_R = self._draft(schedule, slots)
+        planning -= self.clock()
         plan = self.planning.plan(schedule, draft)
+        planning += self.clock() + self._observing
         accepted_R = [min(pair) for pair in zip(could_R, plan, strict=True)]
-        seconds = sum(self.cost.of_step(self._load(schedule, slots, plan)))
+        seconds = sum(self.cost.of_step(self._load(schedule, slots, plan))) + planning
         self.now += seconds
         ended = self._commit(schedule, plan, accepted_R)
+        self._observing = -self.clock()
         self.planning.observe(Verdict(accepted_R, [], plan), seconds)
+        self._observing += self.clock()
         return ended
 
     def _draft(self, schedule: Schedule, slots: int) -> tuple[Draft | None, list[int]]:

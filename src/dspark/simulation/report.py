@@ -153,7 +153,8 @@ def markdown(result: dict[str, Any]) -> str:
         day = one["day"]
         lines.append(
             f"| {one['policy']} | {day['served']:.0f} | {day['left']:.0f} | "
-            f"{day['speed_p5']:.0f} | {day['speed']:.0f} | {1000 * day['first_token']:.1f} | {1000 * day['first_token_p95']:.1f} |"
+            f"{day['speed_p5']:.0f} | {day['speed']:.0f} | "
+            f"{1000 * day['first_token']:.1f} | {1000 * day['first_token_p95']:.1f} |"
         )
     lines += ["", "![day](day.png)", "", "## Frontier of one replica", ""]
     lines += [

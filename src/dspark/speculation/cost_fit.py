@@ -6,6 +6,7 @@ N measured steps, F terms of the price.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -17,7 +18,7 @@ from dspark.speculation.cost import StepCost, StepTime, hats
 Array = NDArray[np.float64]
 OUTLIER = 1.5  # a sample this many times the median of its kind was interrupted by something else
 PREFILL_WEIGHTS = np.linspace(0.2, 1.2, 21)
-TERMS = 3  # per request, per context token, per attended pair
+PRIOR = 20.0
 
 
 def fit_cost(steps: Iterable[StepTime]) -> StepCost:
@@ -30,6 +31,46 @@ def fit_cost(steps: Iterable[StepTime]) -> StepCost:
     if prefilling:
         cost["prefill_weight"] = _prefill_weight(StepCost(**cost), prefilling)
     return StepCost(**cost, **_draft(decoding))
+
+
+def recalibrated(cost: StepCost, steps: Sequence[StepTime]) -> StepCost:
+    """The cost with its tables scaled, knot by knot, to the mean of what steps under load really took.
+
+    A profile says what a step takes when nothing interrupts it; on average something does. A knot with few steps
+    keeps to the factor of the whole table.
+    """
+    used = [step for step in steps if step.requests and step.seconds > step.draft_seconds]
+    if not used:
+        return cost
+    price = [cost.of_step(step) for step in used]
+    at = np.array([step.rows + cost.prefill_weight * step.prefill for step in used], float)
+    took = np.array([step.seconds - step.draft_seconds for step in used])
+    draft = np.array([paid for _, paid in price])
+    # without a draft, what comes before the forward is part of it
+    took += np.where(draft > 0, 0.0, [step.draft_seconds for step in used])
+    whole, factor_K = _factors(at, took, np.array([paid for paid, _ in price]), cost.rows)
+    changes: dict[str, Any] = {
+        "seconds": tuple(never_falling((np.array(cost.seconds) * factor_K).tolist())),
+        "per_request": cost.per_request * whole,
+        "per_context": cost.per_context * whole,
+        "per_attended": cost.per_attended * whole,
+    }
+    if (draft > 0).any():
+        drew = draft > 0
+        count = np.array([step.drafting for step in used], float)[drew]
+        spent = np.array([step.draft_seconds for step in used])[drew]
+        whole, factor_R = _factors(count, spent, draft[drew], cost.draft_requests)
+        table = np.maximum.accumulate(np.array(cost.draft_seconds) * factor_R[:, None], 0)
+        changes |= {"draft_seconds": tuple(map(tuple, table.tolist()))}
+        changes["draft_per_context"] = cost.draft_per_context * whole
+    return replace(cost, **changes)
+
+
+def _factors(at_N: Array, took_N: Array, price_N: Array, knots: Sequence[int]) -> tuple[float, Array]:
+    """Seconds over price, of all steps and around each knot; `PRIOR` steps say that a knot is like all of them."""
+    weight_NK = hats(np.minimum(at_N, knots[-1]), knots) / price_N[:, None]  # every step counts alike, long or short
+    whole = float((took_N / price_N).mean())
+    return whole, (weight_NK.T @ took_N + PRIOR * whole) / (weight_NK.T @ price_N + PRIOR)
 
 
 def without_outliers(steps: Iterable[StepTime]) -> list[StepTime]:

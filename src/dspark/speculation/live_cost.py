@@ -12,10 +12,11 @@ import numpy as np
 from dspark.speculation.cost import StepCost, StepTime, place
 from dspark.speculation.cost_fit import never_falling
 
-REFRESH = 16  # observed steps between two prices: a planner sees one price for that long
+REFRESH = (16, 64)  # observed steps between two prices, first and later: planners keep tables for that long
+SKIP = 4  # steps to one that is learnt from, once the first have been
 EXPLORE_EVERY = 128  # steps between two that may try a row count nobody tries
 START = 10  # observed steps that the profile counts for
-LEAST_RATE = 0.02  # of the whole price; a price that was right before is forgotten within about a hundred steps
+LEAST_RATE = 0.05  # of the whole price; one that was right before is forgotten within some fifty observed steps
 KNOT_RATE = 0.05  # of one row count's own part
 SHRINK = 0.005  # of a row count's own part towards none
 CLIP = 3.0  # a step off by more than this many times the usual error is an interruption, and moves the price no further
@@ -64,11 +65,14 @@ class LiveCost:
         self.split = split
         self._target = _Correction(cost.rows)
         self._draft = _Correction(cost.draft_requests) if cost.draft_seconds else None
-        self._observed = 0
+        self._steps = self._observed = 0
         self._asked = 0
 
     def observe(self, step: StepTime) -> None:
-        """Learn from one step."""
+        """Learn from one step; later from every fourth, for a step of a small model is short."""
+        self._steps += 1
+        if self._observed > REFRESH[1] and self._steps % SKIP:
+            return
         if not step.requests or step.seconds <= step.draft_seconds:
             return
         target, draft = self.profile.of_step(step)
@@ -80,7 +84,7 @@ class LiveCost:
         else:
             self._target.observe(at, step.seconds, target + draft)
         self._observed += 1
-        if self._observed % REFRESH == 0:
+        if self._observed % REFRESH[self._observed > REFRESH[1]] == 0:
             self._refresh()
 
     def explore(self, rows: int, most: int) -> int:

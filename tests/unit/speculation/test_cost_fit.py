@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dspark.speculation.cost import StepCost, StepTime
-from dspark.speculation.cost_fit import fit_cost, never_falling
+from dspark.speculation.cost_fit import fit_cost, never_falling, recalibrated
 from dspark.speculation.live_cost import EXPLORE_EVERY, LiveCost
 
 TRUE = StepCost(
@@ -64,8 +64,8 @@ def test_never_falling_averages_what_is_out_of_order():
 
 def drive(live, cost, steps, seed=1):
     random = np.random.default_rng(seed)
-    for number in range(steps):
-        requests = 8 if number % 2 else 1
+    for _ in range(steps):
+        requests = 8 if random.random() < 0.5 else 1
         noise = 20.0 if random.random() < 0.02 else random.normal(1, 0.05)
         live.observe(step(requests * 8, requests, 50 * requests, slots=7, noise=noise, cost=cost))
 
@@ -83,7 +83,7 @@ def test_a_machine_that_becomes_slower_is_followed_and_interruptions_are_not(spl
     drive(live, TRUE, 300)
     assert float(live.cost.target(64)) == pytest.approx(float(TRUE.target(64)), rel=0.05)
     slow = scaled(2.0)
-    drive(live, slow, 300, seed=2)
+    drive(live, slow, 900, seed=2)
     load = {"requests": 8, "context": 400}
     want = float(slow.target(64, **load) + slow.draft(8, 7, context=400))
     got = float(live.cost.target(64, **load) + live.cost.draft(8, 7, context=400))
@@ -93,7 +93,7 @@ def test_a_machine_that_becomes_slower_is_followed_and_interruptions_are_not(spl
 def test_one_row_count_that_was_measured_wrong_is_put_right():
     fields = TRUE.as_dict() | {"seconds": (1e-3, 1.4e-3, 4e-3 * 1.5, 30e-3)}
     live = LiveCost(StepCost(**fields))
-    drive(live, TRUE, 800)
+    drive(live, TRUE, 2000)
     assert float(live.cost.target(64)) == pytest.approx(float(TRUE.target(64)), rel=0.08)
     assert float(live.cost.target(8)) == pytest.approx(float(TRUE.target(8)), rel=0.08)
 
@@ -104,3 +104,21 @@ def test_exploring_is_rare_and_near():
     answers = [live.explore(8, 64) for _ in range(4 * EXPLORE_EVERY)]
     assert sum(answer != 8 for answer in answers) <= 4
     assert LiveCost(TRUE).explore(3, 4) == 3
+
+
+def test_a_profile_is_recalibrated_to_the_mean_under_load():
+    random = np.random.default_rng(3)
+    slow = scaled(1.3)
+    steps = []
+    for _ in range(2000):
+        requests, noise = int(random.integers(1, 65)), 5.0 if random.random() < 0.05 else 1.0  # mean 1.2
+        steps.append(step(requests * 4, requests, 50 * requests, slots=3, noise=noise, cost=slow))
+    cost = recalibrated(TRUE, steps)
+    for requests in (2, 16, 64):
+        load = {"requests": requests, "context": 50 * requests}
+        assert cost.target(requests * 4, **load) == pytest.approx(
+            1.2 * float(slow.target(requests * 4, **load)), rel=0.1
+        )
+        draft = float(slow.draft(requests, 3, context=50 * requests))
+        assert cost.draft(requests, 3, context=50 * requests) == pytest.approx(1.2 * draft, rel=0.1)
+    assert recalibrated(TRUE, []) == TRUE
