@@ -37,13 +37,15 @@ class Family:
     output_bias: bool | None = None
 
 
+GEMMA4 = Family(qk_norm=True, value_norm=True, sandwich=True, unit_scale=True, scaled_embedding=True)
 FAMILIES = {
     "qwen3": Family(qk_norm=True),
     "qwen3_moe": Family(qk_norm=True),
     "qwen2": Family(qkv_bias=True, output_bias=False),
     "llama": Family(),
     "mistral": Family(qkv_bias=False, output_bias=False),
-    "gemma4_text": Family(qk_norm=True, value_norm=True, sandwich=True, unit_scale=True, scaled_embedding=True),
+    "gemma4_text": GEMMA4,
+    "gemma4_unified_text": GEMMA4,
 }
 
 

@@ -52,7 +52,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     # the width is that of the published bytes of features a token; the rest is as in Gemma 3 12B: nearly, not exactly
     "google/gemma-4-12B-it": {
-        "model_type": "gemma4_text",
+        "model_type": "gemma4_unified_text",
         "vocab_size": 262144,
         "hidden_size": 3840,
         "intermediate_size": 15360,
@@ -60,7 +60,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
         "head_dim": 256,
-        "hidden_size_per_layer_input": 0,
         "sliding_window": 1024,
         "final_logit_softcapping": 30.0,
         "tie_word_embeddings": True,

@@ -35,6 +35,7 @@ FAMILIES = {
     "mistral": {"model_type": "mistral", "head_dim": 8, "sliding_window": None},
     "gemma4": {"model_type": "gemma4_text", **GEMMA4},
     "gemma4, keys are values": {"model_type": "gemma4_text", "attention_k_eq_v": True, **GEMMA4},
+    "gemma4 unified": {"model_type": "gemma4_unified_text", "attention_k_eq_v": True, **GEMMA4},
 }
 
 

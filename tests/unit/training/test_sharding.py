@@ -14,6 +14,7 @@ from dspark.common.errors import UserError
 from dspark.drafters import checkpoint
 from dspark.training.data import Batch
 from dspark.training.loop import Trainer, train
+from dspark.training.shape import DrafterShape
 from dspark.training.sharding import Ranks, beside, check_share
 
 
@@ -112,6 +113,14 @@ def test_sharded_muon(config, tmp_path):
     Trainer(config, tmp_path / "alone").run()
     start(replace(config, shard_drafter=True), tmp_path / "sharded")
     close(lines(tmp_path / "alone"), lines(tmp_path / "sharded"), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "draft_model"])
+def test_other_kinds_sharded_beside_a_split_target(kind, config, tmp_path):
+    config = replace(config, drafter=DrafterShape(kind, block_size=3), steps=4)
+    Trainer(config, tmp_path / "alone").run()
+    start(replace(config, shard_drafter=True, tensor_parallel=2), tmp_path / "sharded")
+    close(lines(tmp_path / "alone"), lines(tmp_path / "sharded"), rtol=1e-4)
 
 
 def test_what_ranks_cannot_share_is_refused(config):
