@@ -26,6 +26,7 @@ from families_report import write_report
 from transformers import AutoConfig
 
 from dspark.common.files import replacing_file
+from dspark.common.log import quiet_libraries
 from dspark.common.provenance import provenance
 from dspark.common.sampling_params import SamplingParams
 from dspark.demo import selfplay
@@ -231,6 +232,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
+    quiet_libraries()
     if not options.report:
         target = Target.load(options.target, device="cpu")
         write_text(options)

@@ -11,7 +11,7 @@ from typing import Any
 from dspark.common.files import replacing_file
 from dspark.common.plots import Panel, Points, draw
 from dspark.evaluation.figures import by_position, pooled
-from dspark.evaluation.markdown import table
+from dspark.evaluation.markdown import shown, table, weighted
 
 NAMES = {"dspark": "DSpark", "dflash": "DFlash", "eagle3": "Eagle-3", "dflash_l1": "DFlash, DSpark's loss"}
 DOMAINS = ("code", "prose")
@@ -130,10 +130,7 @@ def confidence(results: Sequence[Result]) -> str:
     for domain in DOMAINS:
         for kind in ("conditional", "survival"):
             scores = [s for r in chosen(results, "dspark", 2) for s in r["domains"][domain]["reliability"][kind]]
-            cells = []
-            for field in ("ece", "auroc", "brier"):
-                known = [s for s in scores if s[field] is not None]
-                cells.append(f"{sum(s[field] * s['samples'] for s in known) / sum(s['samples'] for s in known):.3f}")
+            cells = [shown(weighted(scores, field), "{:.3f}") for field in ("ece", "auroc", "brier")]
             rows.append([domain, "token" if kind == "conditional" else "prefix", *cells])
     return table(["", "of", "ECE", "AUROC", "Brier"], rows, texts=2)
 
@@ -150,6 +147,8 @@ def figures(results: Sequence[Result], out: Path) -> None:
     curves_over(results, "gamma", out / "families_by_gamma.png")
     curves_over(results, "layers", out / "families_by_depth.png")
     ours = chosen(results, "dspark", 2)
+    if not ours:
+        return
     panels = []
     for kind, title in (("conditional", "confidence of a token"), ("survival", "survival of a prefix")):
         each = {d: [s["bins"] for r in ours for s in r["domains"][d]["reliability"][kind]] for d in DOMAINS}
@@ -187,7 +186,7 @@ def curves_over(results: Sequence[Result], axis: str, path: Path) -> None:
             found = [r for r in same if r[axis] == place]
             tau.setdefault(NAMES[family], []).append((place, mean(map(macro, found))))
             cost.setdefault(NAMES[family], []).append((place, mean(map(step_ms, found))))
-    if max(map(len, tau.values())) < 2:
+    if max(map(len, tau.values()), default=0) < 2:
         return
     x = "γ, tokens drafted" if axis == "gamma" else "layers"
     panels = [Panel("tokens per round", x, "τ, mean of code and prose", tau)]
