@@ -79,8 +79,8 @@ MESSAGE = ("role", "content")
 
 
 def as_json(value: Any) -> str | None:
-    """JSON, or None for what is empty."""
-    return json.dumps(value, ensure_ascii=False) if value else None
+    """JSON, or None for what is empty; what JSON lacks, such as dates of Parquet, becomes text."""
+    return json.dumps(value, ensure_ascii=False, default=str) if value else None
 
 
 class SampleWriter:

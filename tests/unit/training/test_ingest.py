@@ -1,5 +1,6 @@
 """Rows of every usual layout become the same samples; what cannot be one is said, by line."""
 
+import datetime
 import gzip
 import json
 
@@ -178,6 +179,14 @@ def test_other_files(tmp_path):
         *({"role": "user", "content": letter} for letter in "abcd"),
         "e\n",
     ]
+
+
+def test_what_json_lacks_becomes_text(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "a", "when": datetime.date(2026, 1, 2)}]}]
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    import_samples(read_rows(str(tmp_path / "in.parquet")), tmp_path / "out", division=NONE_HELD_OUT)
+    [sample] = read_samples(tmp_path / "out", "train")
+    assert sample.messages == [{"role": "user", "content": "a", "when": "2026-01-02"}]
 
 
 def test_through_the_datasets_library(tmp_path):
