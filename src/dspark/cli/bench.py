@@ -30,7 +30,9 @@ def decode(
     seed: Annotated[int | None, typer.Option(help="Gives the coupled rule; default: the rejection rule.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; medians are reported.")] = 3,
-    planner: Annotated[str, typer.Option(help="full, fixed:N or threshold:C.")] = "full",
+    planner: Annotated[
+        str, typer.Option(help="auto, none, full, fixed:N, threshold:C, greedy, lagged, lookahead or joint.")
+    ] = "auto",
     assistant: Annotated[str | None, typer.Option(help="A small model for transformers' assisted generation.")] = None,
     library: Annotated[bool, typer.Option(help="Also measure transformers generate.")] = True,
     compile: Annotated[bool, typer.Option(help="Compile the engine's forward first, once per machine.")] = True,

@@ -33,7 +33,9 @@ def generate(
     min_p: Annotated[float, typer.Option()] = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text, whatever the drafter.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
-    planner: Annotated[str, typer.Option(help="full, fixed:N or threshold:C.")] = "full",
+    planner: Annotated[
+        str, typer.Option(help="auto, none, full, fixed:N, threshold:C, greedy, lagged, lookahead or joint.")
+    ] = "auto",
     max_draft: Annotated[int | None, typer.Option(help="Draft at most this many tokens a round.")] = None,
     compile: Annotated[bool, typer.Option(help="Compile the target's forward first, once per machine.")] = False,
     dtype: Annotated[str, typer.Option()] = "auto",

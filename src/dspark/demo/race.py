@@ -45,6 +45,7 @@ class Watched:
         self.drafter = drafter
         self.taps, self.block_size = drafter.taps, drafter.block_size
         self.extend, self.allocate, self.compile_forwards = drafter.extend, drafter.allocate, drafter.compile_forwards
+        self.rows_apart, self.directory = (getattr(drafter, name, None) for name in ("rows_apart", "directory"))
         self.last: Draft | None = None
 
     def propose(self, context: DraftContext) -> Draft:

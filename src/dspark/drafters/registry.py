@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -64,7 +65,7 @@ def load_drafter(
     directory = fetch(source)
     raw = checkpoint.read_config(directory)
     if kind_of(raw) is None:
-        return load_draft_model(directory, target, parts, block_size or 5)
+        return located(load_draft_model(directory, target, parts, block_size or 5), directory)
     drafter, _ = checkpoint.load(directory, parts, markov_top_k=markov_top_k)
     if block_size is not None:
         if block_size > drafter.block_size:
@@ -74,11 +75,17 @@ def load_drafter(
             )
         drafter.block_size = block_size
     if isinstance(drafter, ExitHead):
-        return LayerSkip(target, drafter)
+        return located(LayerSkip(target, drafter), directory)
     if isinstance(drafter, DSpark):
         drafter.pack()
     else:
         pack_linears(drafter.body if isinstance(drafter, DFlash) else drafter)
+    return located(drafter, directory if block_size is None else None)
+
+
+def located(drafter: Any, directory: Path | None) -> Any:
+    """The drafter, knowing where it came from: its calibration lies there. None where that is not its own any more."""
+    drafter.directory = directory
     return drafter
 
 

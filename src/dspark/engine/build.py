@@ -16,23 +16,27 @@ from dspark.engine.profile import Profile
 from dspark.engine.step import EngineCore
 from dspark.models.loading import eos_token_ids, load_tokenizer
 from dspark.models.target import Target
-from dspark.speculation.planner import Planner
+from dspark.speculation.calibration import FILE as CALIBRATION_FILE
+from dspark.speculation.calibration import Calibration
+from dspark.speculation.planner import AUTO, Planner
 
 
 def build_engine(
     target: str | Path | Target,
     drafter: str | Path | Drafter | None = "auto",
-    planner: str | Planner = "full",
+    planner: str | Planner = AUTO,
     *,
     device: str = "auto",
     dtype: str = "auto",
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     profile: Profile | str | Path | None = None,
+    calibration: Calibration | str | Path | None = None,
     **options: object,
 ) -> EngineCore:
     """An engine for a model directory or hub id (or a Target); `options` are those of EngineConfig.
 
     Planners that weigh costs take them from `profile`, else from the one kept for this engine, else they are measured.
+    `calibration` None is the one beside the drafter, where there is one. Raises UserError where one does not belong.
 
     `drafter` "auto" is the directory `drafter` inside the target's, where there is one, else none: an engine is
     never slower than plain decoding because of a drafter that nobody chose.
@@ -58,9 +62,20 @@ def build_engine(
         config=config,
         eos_token_ids=eos_token_ids(getattr(target.model, "generation_config", None), target.config, tokenizer),
     )
+    calibration = calibration or calibration_of(core.drafter)
+    if isinstance(calibration, str | Path):
+        path, calibration = calibration, Calibration.load(calibration)
+        calibration.check(core.drafter.block_size, path)
     if isinstance(planner, str):
-        plan_with(core, planner, profile)
+        plan_with(core, planner, profile, calibration)
     return core
+
+
+def calibration_of(drafter: Drafter) -> Path | None:
+    """The calibration in the directory that a drafter was loaded from; None where there is none."""
+    directory = getattr(drafter, "directory", None)
+    path = Path(directory, CALIBRATION_FILE) if directory is not None else None
+    return path if path is not None and path.is_file() else None
 
 
 def find_tokenizer(source: str) -> PreTrainedTokenizerBase | None:

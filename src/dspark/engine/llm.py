@@ -19,7 +19,7 @@ from dspark.engine.profile import Profile
 from dspark.engine.request import Commit, FinishReason, RequestStatistics, TokenLogprob
 from dspark.engine.step import EngineCore
 from dspark.models.target import Target
-from dspark.speculation.planner import Planner
+from dspark.speculation.planner import AUTO, Planner
 
 Prompt = str | list[int]
 
@@ -51,13 +51,13 @@ class LLM:
         self,
         target: str | Path | Target,
         drafter: str | Path | Drafter | None = "auto",
-        planner: str | Planner = "full",
+        planner: str | Planner = AUTO,
         *,
         device: str = "auto",
         dtype: str = "auto",
         tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         profile: Profile | str | Path | None = None,
-        **options: object,
+        **options: Any,
     ):
         """`target` is a model directory, a hub id or a Target; `options` are those of `EngineConfig`.
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from dspark.drafters.base import Draft
 from dspark.engine.admission import Schedule
+from dspark.engine.request import Request
 from dspark.speculation.online import OnlineCalibration
 from dspark.speculation.planner import Planner
 from dspark.speculation.reliability import RoundRecord
@@ -24,6 +25,9 @@ class Planning:
     def __init__(self, planner: Planner, *, seed: int | None = None):
         self.planner = planner
         self.calibration: OnlineCalibration | None = None  # None: confidences are taken as they are
+        self._rest = 0  # steps for which the planner's "nobody drafts" holds while the requests are the same
+        self._resting: list[Request] = []
+        self._rested = 0.0  # s
         self._chance = np.random.default_rng(seed)
         self._round: Round | None = None  # None while nothing can be drafted
         self._audited: list[int] = []
@@ -36,6 +40,10 @@ class Planning:
         if not any(schedule.limits):
             return 0
         requests = schedule.sampled
+        if self._rest > 0 and not schedule.partial and requests == self._resting:
+            self._rest -= 1
+            schedule.limits = [0] * len(requests)
+            return 0
         before = Round(
             limit_R=schedule.limits,
             request_ids=[request.id for request in requests],
@@ -45,8 +53,10 @@ class Planning:
         )
         schedule.limits = self.planner.slots(before)
         order = schedule.drafting_first()
-        self._round = before.drafted(schedule.limits, schedule.limits, order)
+        self._round = before.drafted(schedule.limits, schedule.limits, order) if any(schedule.limits) else before
         most = schedule.limits[0] and max(schedule.limits)
+        if not most:
+            self._rest, self._resting = getattr(self.planner, "rest", 0), list(requests)
         if most and self.calibration is not None:  # drawn now, before any token of the draft exists
             self._audited = np.flatnonzero(self._chance.random(len(requests)) < AUDIT).tolist()
         return most
@@ -70,11 +80,13 @@ class Planning:
     def observe(self, verdict: Verdict, seconds: float) -> None:
         """Pass a finished round on; call it before the next."""
         if self._round is None:
+            self._rested += seconds
             return
         if self.calibration is not None and self._raw_RK is not None:
             audited = [r for r in self._audited if verdict.plan[r]]
             self.calibration.observe(self._raw_RK, verdict.plan, verdict.accepted_R, audited)
         self._audited = []
+        seconds, self._rested = seconds + self._rested, 0.0
         self.planner.observe(Outcome(self._round, verdict.plan, verdict.accepted_R, seconds, self._survival_RK))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,11 +79,12 @@ class Profile:
         return Profile(cost, held["identity"], float(held.get("seconds", 0)), int(held.get("steps", 0)))
 
 
-def identity(core: EngineCore) -> dict[str, str]:
-    """What a step's time depends on. Weights do not count, their shapes do."""
+def identity(core: EngineCore, *, compiled: bool | None = None) -> dict[str, str]:
+    """What a step's time depends on; `compiled` None asks the engine. Weights do not count, their shapes do."""
     target, drafter = core.target, core.drafter
     versions = provenance(target.device)
-    compiled = bool(core.graphs) and all(graph.status == "compiled" for graph in core.graphs)
+    if compiled is None:
+        compiled = bool(core.graphs) and all(graph.status == "compiled" for graph in core.graphs)
     return {
         "machine": f"{device_name(target.device)} ({machine_key()})",
         "target": _shapes(target.model),
@@ -93,17 +95,17 @@ def identity(core: EngineCore) -> dict[str, str]:
     }
 
 
-def cached_profile(core: EngineCore) -> Profile | None:
-    """The profile kept for an engine like this; None where there is none, or a damaged one."""
-    path = _kept_at(identity(core))
+def cached_profile(core: EngineCore, *, compiled: bool | None = None) -> Profile | None:
+    """The profile kept for an engine like this, or as it will be; None where there is none, or a damaged one."""
+    wanted = identity(core, compiled=compiled)
+    path = _kept_at(wanted)
     if not path.is_file():
         return None
     try:
         found = Profile.load(path)
-        found.check(core, path)
     except UserError:
         return None
-    return found
+    return found if found.identity == wanted else None
 
 
 def keep(profile: Profile) -> Path:
@@ -172,6 +174,8 @@ def _measuring(core: EngineCore, script: _Script, meter: Callable[[StepTime], No
 
     core.planning.planner, core.meter, core.observer, core.statistics = script, meter, None, SpeculationStatistics()
     runner.timings, runner.propose = Timings(), whole  # type: ignore[method-assign]
+    metering, core.metering = core.metering, math.inf  # every step counts here
+    calibration, core.planning.calibration = core.planning.calibration, None  # random prompts would teach it nonsense
     if core.target.device.type == "cuda":
         runner.clock = finished
     try:
@@ -180,6 +184,7 @@ def _measuring(core: EngineCore, script: _Script, meter: Callable[[StepTime], No
         for request in list(core.requests):
             core.cancel(request)
         core.forget_prefixes()
+        core.metering, core.planning.calibration = metering, calibration
         core.planning.planner, core.meter, core.observer, core.statistics = planner, kept, observer, statistics
         runner.timings, runner.clock, runner.propose = timings, clock, propose  # type: ignore[method-assign]
 

@@ -104,14 +104,11 @@ class Deferred:
         parts, self._parts, self.rows = self._parts, [], 0
         if len(parts) == 1:
             return parts[0]
-        token_T, position_T, slot_T = (
-            torch.cat([getattr(batch, name) for batch, _ in parts]) for name in ("token_T", "position_T", "slot_T")
-        )
+        position_T = torch.cat([batch.position_T for batch, _ in parts])
+        slot_T = torch.cat([batch.slot_T for batch, _ in parts])
         taps_TkD = torch.cat([taps for _, taps in parts])
-        slots = slot_T.tolist()
-        newest = list({slot: row for row, slot in enumerate(slots)}.values())
-        last = parts[-1][0]
-        if len(newest) < len(slots):
-            rows = torch.tensor(newest, device=slot_T.device)
-            token_T, position_T, slot_T, taps_TkD = token_T[rows], position_T[rows], slot_T[rows], taps_TkD[rows]
-        return replace(last, token_T=token_T, position_T=position_T, slot_T=slot_T), taps_TkD
+        newest = {slot: row for row, slot in enumerate(slot_T.tolist())}
+        if len(newest) < len(slot_T):
+            rows = torch.tensor(list(newest.values()), device=slot_T.device)
+            position_T, slot_T, taps_TkD = position_T[rows], slot_T[rows], taps_TkD[rows]
+        return replace(parts[-1][0], position_T=position_T, slot_T=slot_T), taps_TkD

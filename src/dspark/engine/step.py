@@ -35,6 +35,7 @@ from dspark.speculation.reliability import Observer
 from dspark.speculation.statistics import SpeculationStatistics
 from dspark.speculation.verify import Verdict, verify, verify_tempered
 
+METERING = 0.01  # share of the time that a meter may take; steps in between go unmetered
 HEADROOM = 2  # slots a drafter may read past its block
 
 
@@ -78,6 +79,9 @@ class EngineCore:
         )
         self.requests: dict[int, Request] = {}
         self.statistics = SpeculationStatistics()  # of all requests that have left
+        self.once_compiled: Callable[[], object] | None = None  # called by `wait_compiled` when it has waited
+        self.metering = METERING
+        self._next_metering = 0.0  # s of steps until the meter is asked again
         large = sum(p.numel() for p in target.model.state_dict().values()) >= WORTH_COMPILING
         self.graphs = self.runner.compile() if config.compile and large else []
 
@@ -95,6 +99,9 @@ class EngineCore:
         """Block until the forwards are compiled, as a benchmark wants; whether they now are. `tick` gets seconds."""
         for graph in self.graphs:
             graph.wait(tick)
+        once, self.once_compiled = self.once_compiled, None
+        if once is not None:
+            once()
         return all(graph.status == "compiled" for graph in self.graphs)
 
     @property
@@ -134,14 +141,18 @@ class EngineCore:
         self.runner.extend(batch.batch, taps_TkD, drafting=draft is not None)
         if self.observer is not None and draft is not None:
             self.observer(records(schedule, draft, verdict))
-        load = step_load(schedule, draft, plan, len(batch.batch.token_T)) if self.meter is not None else None
+        metered = self.meter is not None and self._next_metering <= 0.0
+        load = step_load(schedule, draft, plan, len(batch.batch.token_T)) if metered else None
         commits = self._commit(schedule, draft, verdict, logits_BV)
         seconds = self.runner.clock() - started
         self.planning.observe(verdict, seconds)
         self.timings.steps += 1
         self.timings.total += seconds
+        self._next_metering -= seconds
         if self.meter is not None and load is not None:
+            before = time.perf_counter()
             self.meter(StepTime(**load, draft_seconds=drafted - started, seconds=seconds))
+            self._next_metering = (time.perf_counter() - before) / self.metering
         return commits
 
     def forget_prefixes(self) -> None:

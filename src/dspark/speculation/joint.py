@@ -54,6 +54,11 @@ class Joint(Priced):
         self._left -= 1
         return [min(pair) for pair in zip(self._kept, round.limit_R, strict=True)]
 
+    @property
+    def rest(self) -> int:
+        """Steps for which nobody drafting holds, while the requests are the same; 0 where a step's speed matters."""
+        return 0 if self.worth.floors else self._left
+
     def plan(self, round: Round, survival_RK: Array | None) -> list[int]:
         """The walk's plan at the present price of time."""
         if survival_RK is None:

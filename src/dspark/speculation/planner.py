@@ -111,8 +111,9 @@ PRICED: dict[str, Callable[[Prices], Planner]] = {
     "lookahead": Lookahead,
     "joint": Joint,
 }
+AUTO = "auto"  # the engine's choice among these
 _TAKES = {"fixed": "a number of tokens, as in fixed:3", "threshold": "a confidence, as in threshold:0.5"}
-NAMES = "none, full, fixed:N, threshold:C, " + ", ".join(PRICED)
+NAMES = f"{AUTO}, none, full, fixed:N, threshold:C, " + ", ".join(PRICED)
 
 
 def needs_cost(text: str) -> bool:

@@ -6,7 +6,7 @@ R requests, K draft slots.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ class Round:
     def drafted(self, limit_R: Sequence[int], asked_R: Sequence[int], order: Sequence[int] | None = None) -> Round:
         """The same round once its draft exists; `order` permutes what is known of the requests."""
         if order is None:
-            return replace(self, limit_R=limit_R, asked_R=asked_R)
+            return Round(limit_R, asked_R, self.request_ids, self.context_R, self.params_R, self.prefill_rows)
         ids, context = (
             [values[i] for i in order] if values else values for values in (self.request_ids, self.context_R)
         )
