@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from dspark.cli import bench, data, demo, evaluate, generate, profile, simulate, train
+from dspark.cli import bench, calibrate, data, demo, evaluate, generate, profile, simulate, train
 from dspark.common.errors import UserError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(profile.profile)
 app.command()(simulate.simulate)
+app.command()(calibrate.calibrate)
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 

@@ -43,6 +43,7 @@ def profile(
     core = build_engine(
         target or demo_target_path(),
         None if drafter == "none" else drafter,
+        "none",
         dtype=dtype,
         device=device,
         compile=compile,

@@ -122,8 +122,10 @@ def needs_cost(text: str) -> bool:
 
 
 def check_planner(text: str) -> None:
-    """Raises UserError for a name that no planner has, or an argument that it does not take."""
+    """Raises UserError for a name that no planner has, or an argument that it does not take; "auto" is a name."""
     name, _, argument = text.partition(":")
+    if text == AUTO:
+        return
     if name not in PLANNERS and name not in PRICED:
         raise UserError(f"planner {text!r} is unknown; pass one of {NAMES}")
     if bool(argument) != (name in _TAKES):
@@ -139,6 +141,8 @@ def parse_planner(text: str, cost: StepCost | Source | None = None) -> Planner:
     name, _, argument = text.partition(":")
     if name in PLANNERS:
         return PLANNERS[name](argument)
+    if name == AUTO:
+        raise UserError("planner auto is chosen by an engine; name one of " + NAMES.removeprefix(f"{AUTO}, "))
     if cost is None:
         raise UserError(f"planner {name} weighs what a step costs; pass a profile, or one of none, full, fixed:N")
     return PRICED[name](Prices(cost))
