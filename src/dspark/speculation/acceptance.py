@@ -1,6 +1,6 @@
 """How likely each request's next draft survives, before it exists: from its own rounds, its group's, and everyone's.
 
-R requests of a round, N rows of remembered rounds, K draft slots. Conditional acceptance is P(slot k | slots before).
+R requests of a round, N requests' rounds, K draft slots. Conditional acceptance is P(slot k | slots before).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ FIRST_ACCEPTANCE = 0.7  # conditional, of a drafter nothing is known about
 FIRST_WEIGHT = 4.0  # rounds that guess counts for
 POOL_MEMORY = 0.995  # of everyone's counts, per request and round
 OWN_MEMORY = 0.95  # of a request's or a group's, per round of theirs
-PRIOR = 4.0  # drafted tokens that the wider circle's odds count for
+PRIOR = 12.0  # drafted tokens that the wider circle's odds count for
 FORGET_AFTER = 4096  # requests and groups remembered before those not seen lately are dropped
 
 
@@ -34,19 +34,29 @@ class Acceptance:
         self._circles: dict[object, _Odds] = {}
 
     def learn(self, outcomes: Sequence[Outcome]) -> None:
-        """Take finished rounds."""
-        for outcome in outcomes:
-            if outcome.survival_RK is None or not any(outcome.round.limit_R):
-                continue
-            reached_RK, passed_RK = filled_in(outcome)
-            self._grow(passed_RK.shape[1])
-            slots, drafting = passed_RK.shape[1], sum(limit > 0 for limit in outcome.round.limit_R)
-            memory = POOL_MEMORY**drafting
-            self.reached_K *= memory
-            self.passed_K *= memory
-            self.reached_K[:slots] += reached_RK.sum(0)
-            self.passed_K[:slots] += passed_RK.sum(0)
-            self._own(outcome.round, reached_RK, passed_RK)
+        """Take finished rounds, all at once."""
+        outcomes = [outcome for outcome in outcomes if outcome.survival_RK is not None]
+        if not outcomes:
+            return
+        reached_NK, passed_NK = filled_in(outcomes)
+        slots = passed_NK.shape[1]
+        self._grow(slots)
+        memory = POOL_MEMORY ** int(reached_NK[:, 0].sum())
+        self.reached_K *= memory
+        self.passed_K *= memory
+        self.reached_K[:slots] += reached_NK.sum(0)
+        self.passed_K[:slots] += passed_NK.sum(0)
+        yes_N, expected_N, all_N = passed_NK.sum(1), reached_NK @ self.conditional(slots), reached_NK.sum(1)
+        rows = np.stack([yes_N, all_N - yes_N, expected_N], 1).tolist()
+        circles = [circle for outcome in outcomes for circle in _circles(outcome.round)]
+        for (group, request), row in zip(circles, rows, strict=True):
+            if row[0] + row[1]:
+                for circle in (group, request):
+                    odds = self._circles.pop(circle, None) or _Odds()  # the order is that of the last round
+                    odds.add(*row)
+                    self._circles[circle] = odds
+        while len(self._circles) > FORGET_AFTER:
+            del self._circles[next(iter(self._circles))]
 
     def conditional(self, slots: int) -> Array:
         """Everyone's conditional acceptance by slot, [K]."""
@@ -65,18 +75,6 @@ class Acceptance:
         """By how much a request's odds of acceptance differ from everyone's."""
         wider = self._circles[group].factor(1.0) if group in self._circles else 1.0
         return self._circles[request].factor(wider) if request in self._circles else wider
-
-    def _own(self, round: Round, reached_RK: Array, passed_RK: Array) -> None:
-        expected_R = reached_RK @ self.conditional(reached_RK.shape[1])
-        yes_R, all_R = passed_RK.sum(1).tolist(), reached_RK.sum(1).tolist()
-        for r, (group, request) in enumerate(_circles(round)):
-            if all_R[r]:
-                for circle in (group, request):
-                    odds = self._circles.pop(circle, None) or _Odds()  # the order is that of the last round
-                    odds.add(yes_R[r], all_R[r] - yes_R[r], expected_R[r])
-                    self._circles[circle] = odds
-        while len(self._circles) > FORGET_AFTER:
-            del self._circles[next(iter(self._circles))]
 
     def _grow(self, slots: int) -> None:
         while len(self.reached_K) < slots:
@@ -109,19 +107,25 @@ class _Odds:
         return (self.yes + PRIOR * prior) / (self.no + PRIOR * (1 - prior)) / odds
 
 
-def filled_in(outcome: Outcome) -> tuple[Array, Array]:
-    """How far each drafted slot was reached and passed, [R, K] each: 0 or 1 where the target said, else expected."""
-    a_RK = outcome.survival_RK
-    assert a_RK is not None
-    slot_K = np.arange(a_RK.shape[1])
-    plan_R1, accepted_R1 = np.array([outcome.plan, outcome.accepted_R])[:, :, None]
-    drafted_RK = slot_K < np.asarray(outcome.round.limit_R)[:, None]
-    known_RK = (slot_K < accepted_R1).astype(float)
-    before_R1 = np.take_along_axis(a_RK, np.maximum(plan_R1 - 1, 0), 1)
-    beyond_RK = a_RK / np.where(plan_R1 > 0, np.maximum(before_R1, 1e-9), 1.0) * (accepted_R1 == plan_R1)
-    passed_RK = np.where(slot_K < plan_R1, known_RK, np.minimum(beyond_RK, 1.0)) * drafted_RK
-    reached_RK = np.concatenate([np.ones((len(a_RK), 1)), passed_RK[:, :-1]], 1) * drafted_RK
-    return reached_RK, passed_RK
+def filled_in(outcomes: Sequence[Outcome]) -> tuple[Array, Array]:
+    """How far each slot of each request was reached and passed, [N, K]: 0 or 1 where the target said, else expected."""
+    slots = max(outcome.survival_RK.shape[1] for outcome in outcomes if outcome.survival_RK is not None)
+    a_NK = np.zeros((sum(outcome.round.requests for outcome in outcomes), slots))
+    row = 0
+    for outcome in outcomes:
+        assert outcome.survival_RK is not None
+        requests, width = outcome.survival_RK.shape
+        a_NK[row : row + requests, :width] = outcome.survival_RK
+        row += requests
+    rows = [np.array([o.plan, o.accepted_R, o.round.limit_R]) for o in outcomes]
+    plan_N1, accepted_N1, limit_N1 = np.concatenate(rows, axis=1)[:, :, None]
+    slot_K = np.arange(slots)
+    drafted_NK = slot_K < limit_N1
+    before_N1 = np.take_along_axis(a_NK, np.maximum(plan_N1 - 1, 0), 1)
+    beyond_NK = a_NK / np.where(plan_N1 > 0, np.maximum(before_N1, 1e-9), 1.0) * (accepted_N1 == plan_N1)
+    passed_NK = np.where(slot_K < plan_N1, slot_K < accepted_N1, np.minimum(beyond_NK, 1.0)) * drafted_NK
+    reached_NK = np.concatenate([np.ones((len(a_NK), 1)), passed_NK[:, :-1]], 1) * drafted_NK
+    return reached_NK, passed_NK
 
 
 def _circles(round: Round) -> list[tuple[object, object]]:

@@ -22,7 +22,7 @@ from dspark.speculation.round import Array
 FILE = "calibration.json"  # beside a drafter's config.json
 SGLANG_FILE = "calibration_sglang.json"
 FORMAT = 1
-MOST_LOGIT = 12.0
+LEAST = 6e-6  # a confidence nearer to 0 or 1 counts as this
 LAWS = ("greedy", "sampled", "coupled")
 """How a request samples decides how often drafts are accepted: at temperature 0, above it, by the coupled rule."""
 
@@ -123,10 +123,9 @@ class Calibration:
 
 
 def logit(confidence: Array) -> Array:
-    """log(c / (1 - c)), within ±MOST_LOGIT; what is not a number counts as never."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z = np.log(confidence) - np.log1p(-confidence)
-    return np.clip(np.nan_to_num(z, nan=-MOST_LOGIT), -MOST_LOGIT, MOST_LOGIT)
+    """log(c / (1 - c)), within about ±12; what is not a number counts as never."""
+    c = np.fmin(np.fmax(confidence, LEAST), 1.0 - LEAST)  # fmax takes the number where the other is none
+    return np.log(c / (1.0 - c))
 
 
 def sigmoid(z: Array) -> Array:

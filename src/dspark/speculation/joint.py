@@ -15,6 +15,7 @@ from dspark.speculation.scheduled import Priced, RunningMeans, walk
 from dspark.speculation.worth import Worth
 
 KEEP = 8  # steps between two decisions about who drafts, while the requests stay the same
+REST = 32  # ... while nobody drafts, so that there is nothing new to weigh
 EXPLORE = 0.01  # share of the time that may go into drafts that are not expected to pay
 STALE = 16  # rounds without a draft after which a request may be tried again
 OPTION_MEMORY = 0.98
@@ -125,6 +126,8 @@ class Joint(Priced):
             self._decide(round)
         else:
             self._keep(round)
+            if not any(self._kept):
+                self._left = REST
 
     def _keep(self, round: Round) -> None:
         self._kept, self._left = list(self._choice), KEEP
@@ -176,14 +179,20 @@ class Joint(Priced):
 
     def _learn(self) -> None:
         heard, self._heard = self._heard, []
+        if not heard:
+            return
         self.acceptance.learn(heard)
-        for outcome in heard:
-            assert outcome.survival_RK is not None
-            self.means.observe(outcome.survival_RK, outcome.round.limit_R)
-            self._value_choice(outcome)
+        last = heard[-1]
+        width = last.survival_RK.shape[1] if last.survival_RK is not None else 0
+        alike = [o for o in heard if o.survival_RK is not None and o.survival_RK.shape[1] == width]
+        limits = [limit for outcome in alike for limit in outcome.round.limit_R]
+        self.means.observe(
+            np.concatenate([o.survival_RK for o in alike if o.survival_RK is not None]), limits, len(alike)
+        )
+        self._value_choice(last, len(heard))
 
-    def _value_choice(self, outcome: Outcome) -> None:
-        """What the plan was worth beyond verifying everything drafted, in tokens a drafting request."""
+    def _value_choice(self, outcome: Outcome, rounds: int) -> None:
+        """What a plan was worth beyond verifying all that was drafted, in tokens a drafting request; of `rounds` alike."""
         round, a_RK = outcome.round, outcome.survival_RK
         assert a_RK is not None
         slot_K = np.arange(a_RK.shape[1])
@@ -194,4 +203,4 @@ class Joint(Priced):
         lost = float((self.worth.of(round)[:, None] * a_RK * cut_RK).sum())
         slots, drafting = max(round.asked_R or round.limit_R), sum(limit > 0 for limit in round.limit_R)
         known = self._option_K.get(slots, 0.0)
-        self._option_K[slots] = known + (1 - OPTION_MEMORY) * (max(saved - lost, 0.0) / drafting - known)
+        self._option_K[slots] = known + (1 - OPTION_MEMORY**rounds) * (max(saved - lost, 0.0) / drafting - known)

@@ -21,7 +21,8 @@ from dspark.speculation.round import Array, Round
 MEMORY = 200.0  # outcomes of a slot after which an older one counts 1/e
 PRIOR = 20.0  # outcomes that the wider circle's fit counts for
 AUDITED = 1024  # rounds kept to say how true confidences are
-REFRESH = 8  # rounds heard before the fits move
+REFRESH = 32  # requests' rounds heard, over STEPS steps or more, before the fits move
+STEPS = 4
 ALARM = 12.0  # of the drift sum, in standard deviations
 SLACK = 0.25  # ... that a round may be off without counting
 AFTER_DRIFT = 0.25  # share of what was learnt that stays when drift is found
@@ -71,7 +72,7 @@ class OnlineCalibration:
         for r in audited_R:
             said_K = sigmoid(z_RK[r] * slope_RK[r] + shift_RK[r])[: plan[r]]
             self.audited.append(RoundRecord(r, tuple(said_K.tolist()), plan[r], accepted_R[r]))
-        if len(self._heard) >= REFRESH:
+        if len(self._heard) >= STEPS and len(self._heard) * len(raw_RK) >= REFRESH:
             self._learn()
 
     def fit(self, law: str, group: str = "") -> Fit:

@@ -144,8 +144,11 @@ class RunningMeans:
         self.passed_K = np.zeros(0)
         self._ahead_KK: Array | None = None
 
-    def observe(self, survival_RK: Array, limit_R: Sequence[int]) -> None:
-        """Survival weighs the confidences as acceptance would, without waiting for outcomes that a plan may censor."""
+    def observe(self, survival_RK: Array, limit_R: Sequence[int], rounds: int = 1) -> None:
+        """Survival weighs the confidences as acceptance would, without waiting for outcomes that a plan may censor.
+
+        The rows may be those of several `rounds`.
+        """
         slots, self._ahead_KK = survival_RK.shape[1], None
         if len(self.reached_K) < slots:
             more = slots - len(self.reached_K)
@@ -155,8 +158,8 @@ class RunningMeans:
         passed_RK = survival_RK * drafted_RK
         reached_K = passed_RK[:, :-1].copy()
         reached_K *= drafted_RK[:, 1:]
-        self.reached_K *= MEMORY
-        self.passed_K *= MEMORY
+        self.reached_K *= MEMORY**rounds
+        self.passed_K *= MEMORY**rounds
         self.reached_K[0] += drafted_RK[:, 0].sum()
         self.reached_K[1:slots] += reached_K.sum(0)
         self.passed_K[:slots] += passed_RK.sum(0)
