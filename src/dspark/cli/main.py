@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from dspark.cli import bench, calibrate, data, demo, evaluate, generate, profile, simulate, train
+from dspark.cli import bench, calibrate, certify, data, demo, evaluate, generate, profile, simulate, train
 from dspark.common.errors import UserError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command()(evaluate.evaluate)
 app.command()(profile.profile)
 app.command()(simulate.simulate)
 app.command()(calibrate.calibrate)
+app.command()(certify.certify)
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 

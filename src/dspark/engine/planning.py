@@ -27,7 +27,7 @@ class Planning:
         self.calibration: OnlineCalibration | None = None  # None: confidences are taken as they are
         self._rest = 0  # steps for which the planner's "nobody drafts" holds while the requests are the same
         self._resting: list[Request] = []
-        self._rested = 0.0  # s
+        self._rested: list[float] = []  # s of steps since
         self._chance = np.random.default_rng(seed)
         self._round: Round | None = None  # None while nothing can be drafted
         self._audited: list[int] = []
@@ -80,14 +80,18 @@ class Planning:
     def observe(self, verdict: Verdict, seconds: float) -> None:
         """Pass a finished round on; call it before the next."""
         if self._round is None:
-            self._rested += seconds
+            if self._resting:
+                self._rested.append(seconds)
             return
         if self.calibration is not None and self._raw_RK is not None:
             audited = [r for r in self._audited if verdict.plan[r]]
             self.calibration.observe(self._raw_RK, verdict.plan, verdict.accepted_R, audited)
         self._audited = []
-        seconds, self._rested = seconds + self._rested, 0.0
-        self.planner.observe(Outcome(self._round, verdict.plan, verdict.accepted_R, seconds, self._survival_RK))
+        rested, self._rested = self._rested, []
+        outcome = Outcome(
+            self._round, verdict.plan, verdict.accepted_R, seconds, self._survival_RK, sum(rested), len(rested)
+        )
+        self.planner.observe(outcome)
 
 
 def records(schedule: Schedule, draft: Draft, verdict: Verdict) -> list[RoundRecord]:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark.speculation.acceptance import Acceptance
+from dspark.speculation.guard import Guard
 from dspark.speculation.prices import Prices
 from dspark.speculation.round import Array, Outcome, Round, as_array
 from dspark.speculation.scheduled import Priced, RunningMeans, walk
@@ -34,6 +35,7 @@ class Joint(Priced):
         self.acceptance = first or Acceptance()
         self.means = RunningMeans()
         self.worth = Worth()
+        self.guard = Guard()
         self.rate = 0.0  # tokens (by worth) per second of the present choice: the price of a second
         self._heard: list[Outcome] = []
         self._choice: list[int] = []  # slots by request of the last decision
@@ -79,11 +81,22 @@ class Joint(Priced):
 
     def observe(self, outcome: Outcome) -> None:
         """Keep the round for the next decision, and let exploring earn its share of the time."""
-        self._allowance = min(self._allowance + EXPLORE * outcome.seconds, 50 * outcome.seconds)
+        earned = EXPLORE * (outcome.seconds + outcome.rest_seconds)
+        self._allowance = min(self._allowance + earned, 50 * outcome.seconds)
+        self._hold(outcome)
         if outcome.survival_RK is not None:
             self._heard.append(outcome)
         if self.worth.floors:
             self.worth.observe(outcome)
+
+    def _hold(self, outcome: Outcome) -> None:
+        """Tell the guard what the step took."""
+        round, planned = outcome.round, sum(outcome.plan)
+        seconds_N1 = self.prices.verifying(round, planned)
+        price = float(seconds_N1[planned])
+        if outcome.survival_RK is not None:
+            price += self.prices.drafting(round, max(round.asked_R), sum(n > 0 for n in round.asked_R))
+        self.guard.observe(outcome, price, float(seconds_N1[0]))
 
     def _alone(self, survival_K: list[float], round: Round) -> int:
         """`walk` for one request: what it weighs at slot k is linear in its survival, so a bound decides."""
@@ -131,6 +144,9 @@ class Joint(Priced):
 
     def _keep(self, round: Round) -> None:
         self._kept, self._left = list(self._choice), KEEP
+        if any(self._choice) and round.request_ids and self.guard.try_plain(round.requests):
+            self._kept, self._left = [0] * round.requests, 1
+            return
         self._explore(round)
 
     def _rates(self, round: Round, survival_RK: Array, weight_R: Array) -> tuple[NDArray[np.intp], Array]:
@@ -147,6 +163,9 @@ class Joint(Priced):
         np.cumsum(np.take_along_axis(rows_RK, order_RK, 0), axis=0, out=rows_MK[1:, 1:])
         verify_N1 = self.prices.verifying(round, int(rows_MK[-1, -1]))
         seconds_MK = verify_N1[rows_MK.astype(np.intp)] + self.prices.drafts(round, most)
+        seconds_MK *= self.guard.factor(requests, drafting=True)
+        plain = float(verify_N1[0]) * self.guard.factor(requests, drafting=False)
+        seconds_MK[0, :] = seconds_MK[:, 0] = plain
         return order_RK, (weight_R.sum() + gain_MK) / seconds_MK
 
     def _explore(self, round: Round) -> None:
@@ -192,7 +211,7 @@ class Joint(Priced):
         self._value_choice(last, len(heard))
 
     def _value_choice(self, outcome: Outcome, rounds: int) -> None:
-        """What a plan was worth beyond verifying all that was drafted, in tokens a drafting request; of `rounds` alike."""
+        """What a plan was worth beyond verifying everything, in tokens a drafting request; it stands for `rounds`."""
         round, a_RK = outcome.round, outcome.survival_RK
         assert a_RK is not None
         slot_K = np.arange(a_RK.shape[1])

@@ -56,7 +56,9 @@ class Outcome:
     plan: Sequence[int]
     accepted_R: Sequence[int]
     seconds: float  # of the whole step
-    survival_RK: Array | None = field(default=None, repr=False)  # as the planner got it
+    survival_RK: Array | None = field(default=None, repr=False)  # as the planner got it; None if nobody drafted
+    rest_seconds: float = 0.0  # of the plain steps since the planner was last asked
+    rest_steps: int = 0
 
 
 def as_array(survival_RK: object) -> Array:
