@@ -121,7 +121,7 @@ def test_a_planner_that_weighs_costs_gets_them_from_the_engine(measured, cache, 
     core = engine("dspark", **ROOM)
     assert plan_with(core, "fixed:2") is None and core.meter is None
     live = plan_with(core, "greedy", measured)
-    core.metering = 1e9  # every step, however short
+    core.metering = float("inf")  # every step, however short
     run(core, prompts((4, 9)), temperature=1.0, max_tokens=30)
     assert core.planner.prices.cost is live.cost is not measured.cost, "the price never moved"
     measured.save(tmp_path / "profile.json")

@@ -32,7 +32,7 @@ def decode(
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; medians are reported.")] = 3,
     planner: Annotated[
         str, typer.Option(help="auto, none, full, fixed:N, threshold:C, greedy, lagged, lookahead or joint.")
-    ] = "auto",
+    ] = "full",
     assistant: Annotated[str | None, typer.Option(help="A small model for transformers' assisted generation.")] = None,
     library: Annotated[bool, typer.Option(help="Also measure transformers generate.")] = True,
     compile: Annotated[bool, typer.Option(help="Compile the engine's forward first, once per machine.")] = True,

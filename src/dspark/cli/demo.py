@@ -19,7 +19,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="The text's noise at a temperature above 0.")] = 0,
     planner: Annotated[
         str, typer.Option(help="auto, none, full, fixed:N, threshold:C, greedy, lagged, lookahead or joint.")
-    ] = "auto",
+    ] = "full",
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each prompt; medians are reported.")] = 3,
     compile: Annotated[bool, typer.Option(help="Compile the target's forward, once per machine.")] = True,
     target: Annotated[str | None, typer.Option(help="Another target: directory or hub id.")] = None,

@@ -35,7 +35,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     planner: Annotated[
         str, typer.Option(help="auto, none, full, fixed:N, threshold:C, greedy, lagged, lookahead or joint.")
-    ] = "auto",
+    ] = "full",
     max_draft: Annotated[int | None, typer.Option(help="Draft at most this many tokens a round.")] = None,
     compile: Annotated[bool, typer.Option(help="Compile the target's forward first, once per machine.")] = False,
     dtype: Annotated[str, typer.Option()] = "auto",

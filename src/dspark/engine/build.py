@@ -18,13 +18,13 @@ from dspark.models.loading import eos_token_ids, load_tokenizer
 from dspark.models.target import Target
 from dspark.speculation.calibration import FILE as CALIBRATION_FILE
 from dspark.speculation.calibration import Calibration
-from dspark.speculation.planner import AUTO, Planner
+from dspark.speculation.planner import DEFAULT, Planner
 
 
 def build_engine(
     target: str | Path | Target,
     drafter: str | Path | Drafter | None = "auto",
-    planner: str | Planner = AUTO,
+    planner: str | Planner = DEFAULT,
     *,
     device: str = "auto",
     dtype: str = "auto",

@@ -19,7 +19,7 @@ from dspark.engine.profile import Profile
 from dspark.engine.request import Commit, FinishReason, RequestStatistics, TokenLogprob
 from dspark.engine.step import EngineCore
 from dspark.models.target import Target
-from dspark.speculation.planner import AUTO, Planner
+from dspark.speculation.planner import DEFAULT, Planner
 
 Prompt = str | list[int]
 
@@ -51,7 +51,7 @@ class LLM:
         self,
         target: str | Path | Target,
         drafter: str | Path | Drafter | None = "auto",
-        planner: str | Planner = AUTO,
+        planner: str | Planner = DEFAULT,
         *,
         device: str = "auto",
         dtype: str = "auto",

@@ -29,7 +29,7 @@ from dspark.drafters.base import Drafter
 from dspark.engine.build import build_engine
 from dspark.engine.step import EngineCore
 from dspark.models.target import ATTENTION, Target
-from dspark.speculation.planner import AUTO, Planner
+from dspark.speculation.planner import DEFAULT, Planner
 
 PROCESSORS = (
     TemperatureLogitsWarper,
@@ -49,7 +49,9 @@ class Speculative:
     It keeps its engine, pages and prefix cache included, for as long as it is called with the same model and weights.
     """
 
-    def __init__(self, drafter: str | Path | Drafter | None = "auto", planner: str | Planner = AUTO, **options: object):
+    def __init__(
+        self, drafter: str | Path | Drafter | None = "auto", planner: str | Planner = DEFAULT, **options: object
+    ):
         """Drafter, planner and options as for `LLM`."""
         self.drafter, self.planner, self.options = drafter, planner, options
         self._core: EngineCore | None = None

@@ -46,7 +46,7 @@ class DecodeSettings:
 
     target: str
     drafter: str
-    planner: str = "auto"
+    planner: str = "full"
     max_tokens: int = 128
     temperature: float = 0.0
     seed: int | None = None
