@@ -1,13 +1,14 @@
 """Many streams over one stepping thread: same texts, cancellation, errors, and a loop that stays free."""
 
 import asyncio
+import time
 
 import pytest
 from engines import engine, plain, prompts
 
 from dspark.common.errors import UserError
 from dspark.common.sampling_params import SamplingParams
-from dspark.engine.engine import Engine, EngineStopped
+from dspark.engine.engine import Engine, EngineStopped, StepFailed
 
 PROMPTS = prompts((5, 9, 14, 20))
 COUNT = 16
@@ -90,19 +91,67 @@ def test_closing_ends_open_streams():
     asyncio.run(main())
 
 
-def test_a_failing_step_reaches_every_stream():
+def test_a_failing_step_ends_those_in_it_and_the_engine_goes_on():
+    async def main():
+        core = engine("dspark", max_running=2)
+        forward, steps = core.runner.forward, []
+
+        def forward_of_a_bad_day(step):
+            steps.append(step)
+            while len(steps) == 1 and len(core.requests) + len(served._commands) < 3:
+                time.sleep(0.001)
+            if len(steps) == 4:  # two are in it, the third waits
+                for keys in core.runner.pool.keys:
+                    keys.fill_(float("nan"))  # attention would read it behind the end of a text
+                raise FloatingPointError("not numbers")
+            return forward(step)
+
+        core.runner.forward = forward_of_a_bad_day
+        async with Engine(core) as served:
+            asked = [served.generate(prompt, greedy(100)) for prompt in PROMPTS[:3]]
+            results = await asyncio.gather(*asked, return_exceptions=True)
+            failed = [result for result in results if isinstance(result, StepFailed)]
+            assert len(failed) == 2 and all("not numbers" in str(error) for error in failed)
+            (whole,) = (index for index, result in enumerate(results) if not isinstance(result, StepFailed))
+            assert results[whole].token_ids == plain(PROMPTS[whole], 100)
+            assert (await served.generate(PROMPTS[3], greedy())).token_ids == plain(PROMPTS[3], COUNT)
+            assert served.failed_steps == 1 and served.stopped is None
+            await served.ask(lambda core: core.check_integrity())
+        assert core.idle
+
+    asyncio.run(main())
+
+
+def test_an_engine_whose_device_is_gone_stops():
     async def main():
         core = engine()
 
-        def explode(*_):
-            raise MemoryError("no more")
+        def gone(*_):
+            raise RuntimeError("the device is lost")
 
-        core.target = core.runner.target = type("Broken", (), {"forward": explode, "device": core.target.device})()
+        core.runner.forward = core.runner.clear = gone
         served = Engine(core)
-        with pytest.raises(EngineStopped, match="no more"):
+        with pytest.raises((StepFailed, EngineStopped), match="lost"):
             await served.generate(PROMPTS[0], greedy())
         with pytest.raises(EngineStopped):
             await served.generate(PROMPTS[1], greedy())
+        assert "lost" in str(served.stopped)
         served.close()
+
+    asyncio.run(main())
+
+
+def test_prompts_that_belong_together_share_a_stream_and_an_error():
+    async def main():
+        core = engine("ngram")
+        async with Engine(core) as served:
+            texts = [[], []]
+            async for place, commit in served.streams([(PROMPTS[0], greedy()), (PROMPTS[1], greedy(5))]):
+                texts[place] += commit.token_ids
+            assert texts == [plain(PROMPTS[0], COUNT), plain(PROMPTS[1], 5)]
+            with pytest.raises(UserError, match="stop 'x'"):
+                async for _ in served.streams([(PROMPTS[0], greedy()), (PROMPTS[1], SamplingParams(stop=["x"]))]):
+                    raise AssertionError("the first was served")
+        assert core.idle
 
     asyncio.run(main())

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from dspark.cli import bench, calibrate, certify, data, demo, evaluate, generate, profile, simulate, train
+from dspark.cli import bench, calibrate, certify, data, demo, evaluate, generate, profile, serve, simulate, train
 from dspark.common.errors import UserError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(generate.generate)
+app.command()(serve.serve)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(profile.profile)

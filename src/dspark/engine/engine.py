@@ -8,11 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dspark.common.sampling_params import SamplingParams
 from dspark.drafters.base import Drafter
@@ -22,18 +25,25 @@ from dspark.engine.request import Commit
 from dspark.engine.step import EngineCore
 from dspark.models.target import Target
 
+Prompt = str | Sequence[int]
+Answer = TypeVar("Answer")
+
 
 class EngineStopped(RuntimeError):
-    """The engine was closed, or a step failed, while a request was in it."""
+    """The engine was closed, or could not go on, while a request was in it."""
+
+
+class StepFailed(RuntimeError):
+    """A step failed with this request in it; requests that were waiting, and later ones, are served."""
 
 
 @dataclass(eq=False)
 class _Stream:
-    """One caller's end: where its commits go."""
+    """One caller's end: where the commits of its requests go, each with the place of its prompt."""
 
     loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[Commit | BaseException] = field(default_factory=asyncio.Queue)
-    request_id: int | None = None
+    queue: asyncio.Queue[tuple[int, Commit] | BaseException] = field(default_factory=asyncio.Queue)
+    open: dict[int, int] = field(default_factory=dict)  # request id: place
 
 
 class Engine:
@@ -47,6 +57,8 @@ class Engine:
         self._wake = threading.Condition()
         self._error: BaseException | None = None
         self._closing = False
+        self._step_started: float | None = None
+        self.failed_steps = 0
         self._thread = threading.Thread(target=self._run, name="dspark-engine", daemon=True)
         self._thread.start()
 
@@ -55,36 +67,74 @@ class Engine:
         """The asynchronous twin of `LLM(target, drafter, **options)`."""
         return Engine(build_engine(target, drafter, **options))
 
-    async def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> AsyncIterator[Commit]:
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Commit]:
         """Commits as they happen; the last one has a finish reason."""
+        async with aclosing(self.streams([(prompt, params)])) as commits:
+            async for _, commit in commits:
+                yield commit
+
+    async def streams(
+        self, asked: Sequence[tuple[Prompt, SamplingParams | None]]
+    ) -> AsyncGenerator[tuple[int, Commit], None]:
+        """The commits of several prompts as they happen, each with its prompt's place in `asked`.
+
+        They belong together: an error of one ends all. Raises UserError for what cannot be served, StepFailed where
+        a step with one of them failed.
+        """
         stream = _Stream(asyncio.get_running_loop())
-        tokens = await asyncio.to_thread(self.core.intake.tokenize, prompt)
-        self._command(lambda: self._add(stream, tokens, params))
+        tokens = await asyncio.to_thread(lambda: [self.core.intake.tokenize(prompt) for prompt, _ in asked])
+        jobs = [(own, params) for own, (_, params) in zip(tokens, asked, strict=True)]
+        self._command(lambda: self._add(stream, jobs))
+        left = len(jobs)
         try:
-            while True:
+            while left:
                 item = await stream.queue.get()
                 if isinstance(item, BaseException):
                     raise item
+                left -= item[1].finish_reason is not None
                 yield item
-                if item.finish_reason:
-                    return
         finally:
             with contextlib.suppress(EngineStopped):  # it has let go of everything already
                 self._command(lambda: self._remove(stream))
 
-    async def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Result:
+    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Result:
         """The whole text of one prompt."""
         result = Result()
         async for commit in self.stream(prompt, params):
             result.take(commit)
         return result
 
-    def close(self) -> None:
-        """Stop after the current step; streams that are still open get EngineStopped."""
+    async def ask(self, question: Callable[[EngineCore], Answer]) -> Answer:
+        """The answer of `question(core)`, asked between two steps, when nothing of the core is in motion."""
+        answer: Future[Answer] = Future()
+
+        def reply() -> None:
+            if answer.set_running_or_notify_cancel():
+                try:
+                    answer.set_result(question(self.core))
+                except Exception as error:
+                    answer.set_exception(error)
+
+        self._command(reply)
+        return await asyncio.wrap_future(answer)
+
+    @property
+    def stopped(self) -> BaseException | None:
+        """Why this engine serves nobody any more; None while it does."""
+        return self._error or (EngineStopped("the engine is closed") if self._closing else None)
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the step that runs now has been running, 0 between steps: a device that hangs lets it grow."""
+        started = self._step_started
+        return time.monotonic() - started if started is not None else 0.0
+
+    def close(self, seconds: float | None = None) -> None:
+        """Stop after the current step, waiting `seconds` for it at most; open streams get EngineStopped."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(seconds)
 
     async def __aenter__(self) -> Engine:
         return self
@@ -99,16 +149,34 @@ class Engine:
             self._commands.append(command)
             self._wake.notify()
 
-    def _add(self, stream: _Stream, tokens: Sequence[int], params: SamplingParams | None) -> None:
+    def _add(self, stream: _Stream, jobs: Sequence[tuple[Prompt, SamplingParams | None]]) -> None:
         try:
-            stream.request_id = self.core.add(tokens, params)
-            self._streams[stream.request_id] = stream
+            for place, (prompt, params) in enumerate(jobs):
+                request_id = self.core.add(prompt, params)
+                stream.open[request_id] = place
+                self._streams[request_id] = stream
         except Exception as error:
+            self._remove(stream)
             self._send([(stream, error)])
 
     def _remove(self, stream: _Stream) -> None:
-        if stream.request_id is not None and self._streams.pop(stream.request_id, None) is not None:
-            self.core.cancel(stream.request_id)
+        for request_id in stream.open:
+            if self._streams.pop(request_id, None) is not None:
+                self.core.cancel(request_id)
+
+    def _step(self) -> None:
+        """One step. One that fails ends the requests in it; the engine goes on if their pages can be had back."""
+        self._step_started = time.monotonic()
+        try:
+            self._deliver(self.core.step())
+        except Exception as error:
+            self.failed_steps += 1
+            hit = [self._streams.pop(request_id, None) for request_id in self.core.abandon()]
+            failure = StepFailed(f"a step failed: {error}")
+            failure.__cause__ = error
+            self._send([(stream, failure) for stream in dict.fromkeys(hit) if stream is not None])
+        finally:
+            self._step_started = None
 
     def _run(self) -> None:
         try:
@@ -119,7 +187,7 @@ class Engine:
                         break
                 while self._commands:
                     self._commands.popleft()()
-                self._deliver(self.core.step())
+                self._step()
         except BaseException as error:
             self._error = error
         with self._wake:
@@ -128,29 +196,29 @@ class Engine:
         stopped.__cause__ = self._error
         for command in self._commands:
             command()  # late arrivals learn of it as well
-        self._send([(stream, stopped) for stream in self._streams.values()])
+        self._send([(stream, stopped) for stream in dict.fromkeys(self._streams.values())])
         for request_id in list(self._streams):
             self.core.cancel(request_id)
 
     def _deliver(self, commits: Sequence[Commit]) -> None:
-        addressed: list[tuple[_Stream, Commit | BaseException]] = []
+        addressed: list[tuple[_Stream, tuple[int, Commit] | BaseException]] = []
         for commit in commits:
             stream = self._streams.get(commit.request_id)
             if stream is not None:
-                addressed.append((stream, commit))
+                addressed.append((stream, (stream.open[commit.request_id], commit)))
                 if commit.finish_reason:
                     del self._streams[commit.request_id]
         self._send(addressed)
 
     @staticmethod
-    def _send(addressed: Sequence[tuple[_Stream, Commit | BaseException]]) -> None:
+    def _send(addressed: Sequence[tuple[_Stream, tuple[int, Commit] | BaseException]]) -> None:
         """One wake-up of each event loop, however many streams it has."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Commit | BaseException]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, tuple[int, Commit] | BaseException]]] = {}
         for stream, item in addressed:
             by_loop.setdefault(stream.loop, []).append((stream, item))
         for loop, items in by_loop.items():
 
-            def put(items: list[tuple[_Stream, Commit | BaseException]] = items) -> None:
+            def put(items: list[tuple[_Stream, tuple[int, Commit] | BaseException]] = items) -> None:
                 for stream, item in items:
                     stream.queue.put_nowait(item)
 

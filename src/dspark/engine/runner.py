@@ -46,14 +46,27 @@ class Runner:
         self.pool = target.allocate(pages, page_size)
         self.timings = Timings()
         self.clock = time.perf_counter  # or `time.thread_time`, to measure on a busy machine
+        self._compiled = False
         self._later = Deferred() if getattr(drafter, "rows_apart", False) else None
         if isinstance(drafter, SharesPages):
             drafter.share(self.pool)
         else:
             drafter.allocate(pages, page_size)
 
+    def clear(self) -> None:
+        """Zero every page of the target and make the drafter's context anew; nobody may be using a page."""
+        for pool in [*self.pool.keys, *self.pool.values]:
+            pool.zero_()
+        if self._later is not None:
+            self._later = Deferred()
+        if not isinstance(self.drafter, SharesPages):
+            self.drafter.allocate(self.pool.pages, self.pool.page_size)
+            if self._compiled:
+                self.drafter.compile_forwards()
+
     def compile(self) -> list[SwappableGraph]:
         """Start compiling every forward, or load it from the cache; each is used as soon as it is ready."""
+        self._compiled = True
         return [self.target.compile(self.drafter.taps, self.pool.page_size), *self.drafter.compile_forwards()]
 
     def forward(self, step: Assembled) -> tuple[Tensor, Tensor | None]:

@@ -155,6 +155,20 @@ class EngineCore:
             self._next_metering = (time.perf_counter() - before) / self.metering
         return commits
 
+    def abandon(self) -> list[int]:
+        """After a step that raised: cancel every request that was running and return their ids; the waiting stay.
+
+        What the step left in the pages may be no numbers, and attention reads the unused end of a page before it
+        masks it: all pages, which nobody holds any more, are made anew. Raises what the device raises if it is gone.
+        """
+        ids = [request.id for request in self.admission.running]
+        for request_id in ids:
+            self.cancel(request_id)
+        self.forget_prefixes()
+        self.check_integrity()
+        self.runner.clear()
+        return ids
+
     def forget_prefixes(self) -> None:
         """Empty the prefix cache, as after a change of weights."""
         self.admission.pool.forget_all()

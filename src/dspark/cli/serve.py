@@ -1,0 +1,134 @@
+"""`dspark serve`: the engine behind the OpenAI API."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dspark.common.errors import UserError
+from dspark.common.extras import require
+
+if TYPE_CHECKING:
+    from dspark.engine.step import EngineCore
+    from dspark.server.service import ServerConfig
+
+LOCAL = ("127.0.0.1", "::1", "localhost")
+LEVELS = ("critical", "error", "warning", "info", "debug")
+
+
+def serve(
+    target: Annotated[str | None, typer.Argument(help="A causal LM: directory or hub id; default: the demo's.")] = None,
+    drafter: Annotated[
+        str | None, typer.Option(help="Directory, hub id, ngram or none; default: the demo's, or the one in TARGET.")
+    ] = None,
+    planner: Annotated[str, typer.Option(help="full, fixed:N, threshold:C, or greedy and others by cost.")] = "full",
+    host: Annotated[str, typer.Option(help="0.0.0.0 is every interface.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's name for clients; default: TARGET's last part.")] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="Clients need one of these; also $DSPARK_API_KEYS, by commas.")
+    ] = None,
+    api_keys: Annotated[Path | None, typer.Option(help="A file with one API key a line.")] = None,
+    cors_origin: Annotated[list[str] | None, typer.Option(help="Let pages of this origin call; default none.")] = None,
+    queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; more get 429.")] = 256,
+    max_running: Annotated[int, typer.Option(min=1, help="Texts generated at the same time.")] = 64,
+    max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the model's context.")] = None,
+    max_body_bytes: Annotated[int, typer.Option(min=1)] = 2 << 20,
+    max_draft: Annotated[int | None, typer.Option(help="Draft at most this many tokens a round.")] = None,
+    pages: Annotated[int | None, typer.Option(help="Pages of 16 tokens; default: as memory reaches.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Costs for the planner, as `dspark profile` writes.")] = None,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds that running requests get after SIGTERM.")] = 30,
+    compile: Annotated[bool, typer.Option(help="Compile the forwards, in the background.")] = True,
+    dtype: Annotated[str, typer.Option()] = "auto",
+    device: Annotated[str, typer.Option()] = "auto",
+    log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "warning",
+) -> None:
+    """Serve a target and its drafter to OpenAI clients; without arguments, the embedded pair."""
+    if log_level not in LEVELS:
+        raise UserError(f"log level {log_level!r} is not known; pass one of {', '.join(LEVELS)}")
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        require(module, "serve")
+
+    from dspark.server.launch import address, bind
+    from dspark.server.limits import find_keys
+    from dspark.server.service import ServerConfig
+
+    config = ServerConfig(
+        name=name or served_name(target),
+        queue=queue,
+        most_body_bytes=max_body_bytes,
+        most_prompt_tokens=max_prompt_tokens,
+        keys=tuple(find_keys(api_key or (), api_keys)),
+        origins=tuple(cors_origin or ()),
+    )
+    bound = bind(host, port)  # before the model is loaded: a taken port is known at once
+
+    from dspark.common.collector import freeze_startup
+    from dspark.common.log import quiet_libraries
+    from dspark.demo.pair import demo_drafter_path, demo_target_path
+    from dspark.engine.build import build_engine
+
+    quiet_libraries()
+    chosen = drafter or (str(demo_drafter_path()) if target is None else "auto")
+    core = build_engine(
+        target or demo_target_path(),
+        None if chosen == "none" else chosen,
+        planner,
+        device=device,
+        dtype=dtype,
+        profile=profile,
+        compile=compile,
+        max_draft=max_draft,
+        max_running=max_running,
+        pages=pages,
+    )
+    freeze_startup()
+
+    from dspark.engine.engine import Engine
+    from dspark.server.api import create_app
+    from dspark.server.launch import make_server, run
+
+    print(resolved(core, config, planner, address(bound)), flush=True)
+    if not config.keys and host not in LOCAL:
+        print("warning: no API key is set, so whoever reaches this address may use it", file=sys.stderr, flush=True)
+    engine = Engine(core)
+    run(make_server(create_app(engine, config), grace=grace, log_level=log_level), bound)
+    engine.close(seconds=grace)
+    sys.stdout.flush()
+    os._exit(0)  # a forward being compiled in the background is not waited for
+
+
+def served_name(target: str | None) -> str:
+    """How clients ask for a target of which no name is given: its hub id, or its directory's name."""
+    if target is None:
+        return "dspark-demo"
+    return Path(target).resolve().name if Path(target).is_dir() else target
+
+
+def resolved(core: EngineCore, config: ServerConfig, planner: str, url: str) -> str:
+    """What was made of the arguments, a line each."""
+    from dspark.common.provenance import device_name
+
+    target, pool = core.target, core.admission.pool
+    waiting = [graph for graph in core.graphs if graph.status != "compiled"]
+    forwards = "in the background" if waiting else "ready" if core.graphs else "none"
+    drafter = type(core.drafter).__name__
+    facts = {
+        "model": f"{config.name} ({type(target.model).__name__}, context {core.intake.context_limit})",
+        "device": f"{target.device} ({device_name(target.device)})",
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "drafter": f"{drafter}, up to {core.admission.block_size} tokens a round"
+        if core.drafter.block_size
+        else "none",
+        "planner": planner,
+        "pages": f"{pool.capacity} of {pool.page_size} tokens",
+        "texts": f"{core.config.max_running} at once, {config.queue} more may wait",
+        "compiled": forwards,
+        "keys": str(len(config.keys)) if config.keys else "none needed",
+        "address": f"{url}/v1",
+    }
+    return "\n".join(f"{name + ':':<10}{value}" for name, value in facts.items())

@@ -1,0 +1,1 @@
+"""Floor 6: the engine behind the OpenAI API."""

@@ -1,0 +1,231 @@
+"""The JSON of answers, whole and in pieces, as OpenAI writes it, with each text's speculation beside it."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dspark.engine.request import RequestStatistics, TokenLogprob
+
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
+HALF = "\ufffd"
+Decode = Callable[[int], str]
+
+
+@dataclass
+class Piece:
+    """Something to add to one choice."""
+
+    choice: int
+    text: str
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: str | None = None
+    statistics: RequestStatistics | None = None  # with the last piece
+
+    def take(self, more: Piece) -> None:
+        """Put what follows behind it."""
+        self.text += more.text
+        if more.logprobs is not None:
+            self.logprobs = [*(self.logprobs or []), *more.logprobs]
+        self.finish_reason, self.statistics = more.finish_reason, more.statistics
+
+
+@dataclass
+class Usage:
+    """Tokens of one request: every prompt once, every text."""
+
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+
+    def json(self) -> dict[str, Any]:
+        """As OpenAI counts them."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+class Form(Protocol):
+    """How one endpoint writes what it has to say."""
+
+    def head(self, choices: int) -> list[dict[str, Any]]:
+        """What a stream begins with, one for each choice."""
+        ...
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        """A piece of a stream."""
+        ...
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        """The answer that is not streamed."""
+        ...
+
+    def usage(self, usage: Usage) -> dict[str, Any]:
+        """The last event of a stream whose client wants to know."""
+        ...
+
+
+def statistics_json(statistics: RequestStatistics) -> dict[str, Any]:
+    """What speculation did for one text. A trimmed token was never checked, a rejected one was and fell."""
+    return {
+        "tokens_per_round": round(statistics.tokens_per_round, 4),
+        "rounds": statistics.rounds,
+        "drafted": statistics.drafted,
+        "verified": statistics.verified,
+        "accepted": statistics.accepted,
+        "trimmed": statistics.drafted - statistics.verified,
+        "rejected": statistics.verified - statistics.accepted,
+        "verified_at": statistics.verified_at,
+        "accepted_at": statistics.accepted_at,
+        "preemptions": statistics.preemptions,
+    }
+
+
+@dataclass
+class _Base:
+    """What both endpoints' answers have in common."""
+
+    model: str
+    fingerprint: str
+    decode: Decode
+    id: str = field(init=False)
+    created: int = field(default_factory=lambda: int(time.time()))
+    prefix = ""
+
+    def __post_init__(self) -> None:
+        self.id = f"{self.prefix}-{secrets.token_hex(12)}"
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": choices,
+        }
+
+
+def _choice(piece: Piece, **said: Any) -> dict[str, Any]:
+    choice = {"index": piece.choice, **said, "finish_reason": piece.finish_reason}
+    if piece.statistics is not None:
+        choice["dspark"] = statistics_json(piece.statistics)
+    return choice
+
+
+@dataclass
+class ChatForm(_Base):
+    """/v1/chat/completions."""
+
+    prefix = "chatcmpl"
+
+    def head(self, choices: int) -> list[dict[str, Any]]:
+        """The assistant's turn begins."""
+        delta = {"role": "assistant", "content": ""}
+        return [
+            self._object("chat.completion.chunk", [_choice(Piece(index, ""), delta=delta, logprobs=None)])
+            for index in range(choices)
+        ]
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        """More of a message."""
+        delta = {"content": piece.text} if piece.text or not piece.finish_reason else {}
+        choice = _choice(piece, delta=delta, logprobs=self._logprobs(piece.logprobs))
+        return self._object("chat.completion.chunk", [choice])
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        """Whole messages."""
+        made = [
+            _choice(
+                piece,
+                message={"role": "assistant", "content": piece.text, "refusal": None},
+                logprobs=self._logprobs(piece.logprobs),
+            )
+            for piece in choices
+        ]
+        return self._object("chat.completion", made) | {"usage": usage.json()}
+
+    def usage(self, usage: Usage) -> dict[str, Any]:
+        """No choice, only the count."""
+        return self._object("chat.completion.chunk", []) | {"usage": usage.json()}
+
+    def _logprobs(self, found: list[TokenLogprob] | None) -> dict[str, Any] | None:
+        if found is None:
+            return None
+        content = [
+            self._token(one.token_id, one.logprob)
+            | {"top_logprobs": [self._token(token, value) for token, value in one.top]}
+            for one in found
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self.decode(token)
+        whole = HALF not in text  # a token may be a part of a character
+        return {
+            "token": text,
+            "logprob": max(logprob, LEAST_LOGPROB),
+            "bytes": list(text.encode("utf-8")) if whole else None,
+        }
+
+
+@dataclass
+class TextForm(_Base):
+    """/v1/completions."""
+
+    echoed: Sequence[str] | None = None  # the prompt of each choice, to stand before its text
+    prefix = "cmpl"
+    _offset: dict[int, int] = field(default_factory=dict)  # characters of each choice so far
+
+    def head(self, choices: int) -> list[dict[str, Any]]:
+        """The prompts, if they are to be echoed."""
+        return [
+            self._object("text_completion", [_choice(Piece(index, ""), text=text, logprobs=None)])
+            for index, text in enumerate(self.echoed or ())
+        ]
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        """More of a text."""
+        choice = _choice(piece, text=piece.text, logprobs=self._logprobs(piece))
+        return self._object("text_completion", [choice])
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        """Whole texts."""
+        before = self.echoed or itertools.repeat("")
+        made = [
+            _choice(piece, text=prompt + piece.text, logprobs=self._logprobs(piece))
+            for prompt, piece in zip(before, choices, strict=False)
+        ]
+        return self._object("text_completion", made) | {"usage": usage.json()}
+
+    def usage(self, usage: Usage) -> dict[str, Any]:
+        """No choice, only the count."""
+        return self._object("text_completion", []) | {"usage": usage.json()}
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if piece.logprobs is None:
+            return None
+        texts = [self.decode(one.token_id) for one in piece.logprobs]
+        start = self._offset.get(piece.choice, 0)
+        ends = list(itertools.accumulate(map(len, texts), initial=start))
+        self._offset[piece.choice] = ends[-1]
+        return {
+            "tokens": texts,
+            "token_logprobs": [max(one.logprob, LEAST_LOGPROB) for one in piece.logprobs],
+            "top_logprobs": [self._top(one) for one in piece.logprobs],
+            "text_offset": ends[:-1],
+        }
+
+    def _top(self, one: TokenLogprob) -> dict[str, float]:
+        """The likeliest tokens by text; of several that are parts of characters and read alike, the likeliest."""
+        found: dict[str, float] = {}
+        for token, value in one.top:
+            found.setdefault(self.decode(token), max(value, LEAST_LOGPROB))
+        return found

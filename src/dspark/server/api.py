@@ -1,0 +1,196 @@
+"""The web application: OpenAI's endpoints and those that operators need, over one service."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dspark.common.errors import UserError
+from dspark.common.sampling_params import SamplingParams
+from dspark.engine.engine import Engine
+from dspark.server.answers import ChatForm, Form, Piece, TextForm, Usage
+from dspark.server.errors import ApiError, install
+from dspark.server.limits import Bodies, Keys
+from dspark.server.metrics import Metrics
+from dspark.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Sampling,
+    TokenizeRequest,
+)
+from dspark.server.service import ServerConfig, Service, package_version
+from dspark.server.stream import ClientGone, EventStream, while_listening
+
+Job = tuple[list[int], SamplingParams]
+
+
+def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
+    """The application over `engine`; its Service is `app.state.service`."""
+    service = Service(engine, config or ServerConfig())
+    app = FastAPI(title="dspark", version=package_version(), docs_url=None, redoc_url=None)  # their pages need a CDN
+    app.state.service = service
+    install(app)
+    _completions(app, service)
+    _texts(app, service)
+    _operations(app, service)
+    app.add_middleware(Bodies, most_bytes=service.config.most_body_bytes, seconds=service.config.body_seconds)
+    if service.config.keys:
+        app.add_middleware(Keys, keys=service.config.keys)
+    if service.config.origins:
+        origins, headers = list(service.config.origins), ["authorization", "content-type"]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=headers)
+    app.add_middleware(Counted, metrics=service.metrics)  # the last one added sees a request first
+    return app
+
+
+def _completions(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue prompts."""
+        service.check_model(body.model)
+        service.gate.check(len(body.prompts) * body.choices)
+        params = body.params(max_tokens=body.max_tokens, logprobs=body.logprobs)
+        prompts = [await service.tokens(prompt) for prompt in body.prompts]
+        jobs = [(tokens, one) for tokens in prompts for one in params]
+        form = TextForm(service.config.name, service.fingerprint, service.decode)
+        if body.echo:
+            texts = [p if isinstance(p, str) else _decoded(service, p) for p in body.prompts]
+            form.echoed = [text for text in texts for _ in params]
+        return await _answer(service, request, body, jobs, form)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """The assistant's next message."""
+        service.check_model(body.model)
+        service.gate.check(body.choices)
+        asked = body.max_completion_tokens or body.max_tokens
+        params = body.params(max_tokens=asked, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+        tokens = await service.chat_tokens(body.messages)
+        form = ChatForm(service.config.name, service.fingerprint, service.decode)
+        return await _answer(service, request, body, [(tokens, one) for one in params], form)
+
+
+async def _answer(service: Service, request: Request, body: Sampling, jobs: Sequence[Job], form: Form) -> Response:
+    """The response to a checked request: an error of the first step still has its own status, streamed or not."""
+    usage = Usage()
+    pieces = service.pieces(jobs, usage, choices=body.choices)
+
+    async def collect() -> list[Piece]:
+        whole = [Piece(place, "") for place in range(len(jobs))]
+        async for piece in pieces:
+            whole[piece.choice].take(piece)
+        return whole
+
+    try:
+        if not body.stream:
+            return JSONResponse(form.whole(await while_listening(request.receive, collect()), usage))
+        first = await while_listening(request.receive, pieces.__anext__())  # type: ignore[arg-type]
+    except BaseException as error:
+        if isinstance(error, ClientGone):
+            service.metrics.cancelled()
+        await pieces.aclose()
+        raise
+    wanted = body.stream_options is not None and body.stream_options.include_usage
+    return EventStream(
+        first, pieces, form, choices=len(jobs), usage=usage if wanted else None, left=service.metrics.cancelled
+    )
+
+
+def _texts(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """The tokens of a text or a conversation."""
+        service.check_model(body.model)
+        if body.messages is not None:
+            tokens = await service.chat_tokens(body.messages)
+        else:
+            tokens = await service.tokens(body.prompt or "")
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": service.context}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        """The text of tokens, special ones included."""
+        service.check_model(body.model)
+        return {"prompt": _decoded(service, body.tokens)}
+
+    def model() -> dict[str, Any]:
+        return {
+            "id": service.config.name,
+            "object": "model",
+            "created": started,
+            "owned_by": "dspark",
+            "max_model_len": service.context,
+        }
+
+    started = int(time.time())
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The one model that is served."""
+        return {"object": "list", "data": [model()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        """The model of this name."""
+        service.check_model(name)
+        return model()
+
+
+def _operations(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """Live: 503 when only a restart helps."""
+        trouble = service.trouble
+        return JSONResponse({"status": trouble or "ok"}, 503 if trouble else 200)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Whether requests should be sent here."""
+        trouble = service.trouble or ("the server is shutting down" if service.gate.closed else None)
+        return JSONResponse({"status": trouble or "ready"}, 503 if trouble else 200)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """For Prometheus."""
+        await service.refresh()
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """Of this package."""
+        return {"version": package_version()}
+
+
+def _decoded(service: Service, tokens: Sequence[int]) -> str:
+    tokenizer, size = service.engine.core.tokenizer, service.engine.core.target.vocab_size
+    if tokenizer is None:
+        raise UserError("the model has no tokenizer; there are no texts of tokens here")
+    for token in tokens:
+        if token >= size:
+            raise ApiError(400, f"token {token} is outside the model's vocabulary of {size} tokens", param="tokens")
+    return tokenizer.decode(list(tokens))
+
+
+class Counted:
+    """Counts answers by endpoint and status; a path nobody serves is `other`, so that labels stay few."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics):
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes everything on."""
+
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = scope.get("route")  # set by the router where a path is served
+                self.metrics.answered(getattr(route, "path", "other"), message["status"])
+            await send(message)
+
+        await self.app(scope, receive, counting if scope["type"] == "http" else send)

@@ -1,0 +1,92 @@
+"""Errors as OpenAI's clients know them: `{"error": {"message", "type", "param", "code"}}` with the fitting status."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from dspark.common.errors import UserError
+
+LOG = logging.getLogger("dspark.server")
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+LONGEST = 500  # characters of a message: it may quote what the client sent
+
+
+class ApiError(Exception):
+    """An answer other than the one asked for."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What the client reads, as JSON or as an event of a stream."""
+        kind = TYPES.get(self.status) or ("invalid_request_error" if self.status < 500 else "server_error")
+        message = str(self).encode("utf-8", "replace").decode()[:LONGEST]
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """Any exception as an answer. What is no fault of the client's is logged, and told without its inside."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UserError):
+        return ApiError(400, str(error))
+    LOG.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed on this request; its log says more", code="internal_error")
+
+
+def refusal(error: RequestValidationError) -> ApiError:
+    """The first thing wrong with a request's fields, in one sentence."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"] if part != "body" and not str(part).startswith(("function-", "list["))]
+    name = where[0] if where else None
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{'.'.join(where)} is not known or not supported here; leave it out", param=name)
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    if first["type"] == "missing":
+        return ApiError(400, f"{'.'.join(where) or 'the body'} is missing; pass it", param=name)
+    said = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{'.'.join(where) or 'the body'}: {said}", param=name)
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of `app` an OpenAI error."""
+
+    async def refused(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return refusal(error).response
+
+    async def http(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return ApiError(error.status_code, str(error.detail), headers=error.headers).response
+
+    async def other(_: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response
+
+    app.add_exception_handler(RequestValidationError, refused)
+    app.add_exception_handler(HTTPException, http)
+    for kind in (ApiError, UserError):
+        app.add_exception_handler(kind, other)

@@ -1,0 +1,149 @@
+"""Between the web and the engine: what a request has to pass, and what comes back, watched by the metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hashlib
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from dspark.common.chat import render_chat
+from dspark.common.errors import UserError
+from dspark.common.sampling_params import SamplingParams
+from dspark.engine.engine import Engine, EngineStopped, StepFailed
+from dspark.server.answers import Decode, Piece, Usage
+from dspark.server.errors import LOG, ApiError
+from dspark.server.limits import Gate
+from dspark.server.metrics import EngineState, Metrics
+from dspark.server.protocol import ChatMessage
+
+ASK_SECONDS = 1.0  # how long /metrics waits for the end of a step before it tells the state before
+STUCK_SECONDS = 120.0  # a step that takes longer is taken for a device that hangs
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What a server allows; the engine's own limits are in EngineConfig."""
+
+    name: str = "default"  # of the model, as clients ask for it
+    queue: int = 256  # texts that may wait for a place in the engine
+    most_body_bytes: int = 2 << 20
+    most_prompt_tokens: int | None = None  # None: as the context has room
+    keys: tuple[str, ...] = ()
+    body_seconds: float = 30.0  # from a request's headers to the end of its body
+    origins: tuple[str, ...] = ()  # of pages that browsers may call from; none by default
+
+    def __post_init__(self) -> None:
+        if self.queue < 0:
+            raise UserError(f"queue {self.queue} is below 0; pass 0 to refuse whatever would have to wait")
+        for name in ("most_body_bytes", "most_prompt_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} {value} is below 1; pass 1 or more")
+
+
+class Service:
+    """One engine, served under one name."""
+
+    def __init__(self, engine: Engine, config: ServerConfig):
+        self.engine, self.config = engine, config
+        self.metrics = Metrics()
+        self.gate = Gate(engine.core.config.max_running, config.queue)
+        core = engine.core
+        told = f"{config.name} {core.target.dtype} {core.target.device.type} {package_version()}"
+        self.fingerprint = f"dspark_{hashlib.sha256(told.encode()).hexdigest()[:10]}"
+        self.decode: Decode = functools.lru_cache(maxsize=1 << 16)(self._decode)
+
+    @property
+    def context(self) -> int:
+        """Tokens a text may reach, its prompt included."""
+        return self.engine.core.intake.context_limit
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError 404 for a model that is not this one."""
+        if name is not None and name != self.config.name:
+            message = f"the model {name!r:.80} is not here; ask for {self.config.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        """A prompt's tokens. Raises ApiError 400 for one too long."""
+        return self._fitting(await asyncio.to_thread(self._tokenize, prompt))
+
+    async def chat_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """A conversation's tokens, through the target's template."""
+        rendered = [message.as_template() for message in messages]
+        tokens = await asyncio.to_thread(render_chat, self.engine.core.tokenizer, rendered)
+        return self._fitting(tokens)
+
+    async def pieces(
+        self, jobs: Sequence[tuple[list[int], SamplingParams]], usage: Usage, *, choices: int
+    ) -> AsyncGenerator[Piece, None]:
+        """The texts of `jobs`, `choices` of them for each prompt, as they come; counts into `usage`."""
+        with self.gate.enter(len(jobs)):
+            watches = [self.metrics.watch() for _ in jobs]
+            fresh = {place for place in range(len(jobs)) if place % choices == 0}
+            usage.prompt = sum(len(jobs[place][0]) for place in fresh)
+            try:
+                async with aclosing(self.engine.streams(jobs)) as commits:
+                    async for place, commit in commits:
+                        watches[place].take(commit)
+                        usage.completion += len(commit.token_ids)
+                        if place in fresh:
+                            fresh.discard(place)
+                            usage.cached += commit.statistics.cached_tokens
+                        last = commit.statistics if commit.finish_reason else None
+                        yield Piece(place, commit.text, commit.logprobs, commit.finish_reason, last)
+            except StepFailed as error:
+                LOG.error("a step failed", exc_info=error)
+                raise ApiError(
+                    500, "a step of the engine failed with this request in it; send it again", code="step_failed"
+                ) from error
+            except EngineStopped as error:
+                raise ApiError(503, "the engine has stopped; ask another server", code="engine_stopped") from error
+
+    async def refresh(self) -> None:
+        """Read the engine's state for the metrics; one that is in a long step, or has stopped, keeps its last."""
+        self.metrics.failed_steps = self.engine.failed_steps
+        with contextlib.suppress(EngineStopped, TimeoutError):
+            self.metrics.state = await asyncio.wait_for(self.engine.ask(EngineState.of), ASK_SECONDS)
+
+    @property
+    def trouble(self) -> str | None:
+        """What keeps the engine from serving; None while it serves."""
+        if self.engine.stopped is not None:
+            return "the engine has stopped"
+        if self.engine.step_seconds > STUCK_SECONDS:
+            return f"a step has taken {self.engine.step_seconds:.0f} s; the device seems to hang"
+        return None
+
+    def _tokenize(self, prompt: str | Sequence[int]) -> list[int]:
+        try:
+            return self.engine.core.intake.tokenize(prompt)
+        except (UnicodeEncodeError, TypeError) as error:  # half of a surrogate pair is no text
+            raise UserError("the prompt is not valid Unicode; send UTF-8") from error
+
+    def _fitting(self, tokens: list[int]) -> list[int]:
+        most = min(self.config.most_prompt_tokens or self.context - 1, self.context - 1)
+        if len(tokens) > most:
+            raise ApiError(
+                400,
+                f"the prompt has {len(tokens)} tokens, at most {most} fit; shorten it",
+                code="context_length_exceeded",
+            )
+        return tokens
+
+    def _decode(self, token: int) -> str:
+        tokenizer = self.engine.core.tokenizer
+        return tokenizer.decode([token]) if tokenizer is not None else str(token)
+
+
+def package_version() -> str:
+    """The installed version of this package."""
+    try:
+        return version("dspark")
+    except PackageNotFoundError:
+        return "unknown"
