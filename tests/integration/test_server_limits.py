@@ -152,8 +152,12 @@ def test_sigterm_lets_running_requests_finish(tiny_pair):
     command += ["--drafter", str(tiny_pair.drafter), "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        lines = [process.stdout.readline().strip() for _ in range(10)]
-        facts = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        facts = {}
+        for line in process.stdout:
+            name, _, value = line.partition(":")
+            facts[name] = value.strip()
+            if name == "address":
+                break
         assert "context 512" in facts["model"] and facts["planner"] == "full" and "cpu" in facts["device"], facts
         body = LONG | {"stream": True, "n": 8}
         with httpx2.stream("POST", facts["address"] + "/completions", json=body, timeout=60) as stream:

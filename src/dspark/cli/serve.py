@@ -53,7 +53,7 @@ def serve(
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         require(module, "serve")
 
-    from dspark.server.launch import address, bind
+    from dspark.server.launch import BACKLOG, address, bind
     from dspark.server.limits import find_keys
     from dspark.server.service import ServerConfig
 
@@ -92,6 +92,7 @@ def serve(
     from dspark.server.api import create_app
     from dspark.server.launch import make_server, run
 
+    bound.listen(BACKLOG)  # whoever reads the address may connect: the first requests wait for the loop
     print(resolved(core, config, planner, address(bound)), flush=True)
     if not config.keys and host not in LOCAL:
         print("warning: no API key is set, so whoever reaches this address may use it", file=sys.stderr, flush=True)
