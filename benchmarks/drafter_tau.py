@@ -22,6 +22,7 @@ from dspark.drafters.registry import load_drafter
 from dspark.engine.llm import LLM
 from dspark.models.loading import load_tokenizer
 from dspark.models.target import Target
+from dspark.speculation.statistics import total
 
 
 def main() -> None:
@@ -37,21 +38,19 @@ def main() -> None:
     directory = options.target or demo_target_path()
     target = Target.load(directory)
     drafter = load_drafter(options.drafter or demo_drafter_path(), target, markov_top_k=options.markov_top_k)
-    llm = LLM(target, drafter=drafter, compile=False)
+    llm = LLM(target, drafter=drafter, planner="full", compile=False)
     prompts = DOMAINS[options.domain](load_tokenizer(directory), directory, options.prompts, 0)
     for temperature in options.temperatures:
         results = llm.generate(prompts, SamplingParams(temperature=temperature, max_tokens=options.tokens))
         statistics = [result.statistics for result in results]
-        reached, accepted = (
-            np.array([getattr(s, name) for s in statistics]).sum(0) for name in ("reached_at", "accepted_at")
-        )
+        whole = total(statistics)
         each = np.array([s.committed / s.rounds for s in statistics])
         line = {
             "temperature": temperature,
             "prompts": len(prompts),
-            "tau": round(sum(s.committed for s in statistics) / sum(s.rounds for s in statistics), 3),
+            "tau": round(whole.tokens_per_round, 3),
             "tau_quartiles": np.quantile(each, [0.25, 0.5, 0.75]).round(2).tolist(),
-            "acceptance": (accepted / np.maximum(reached, 1)).round(3).tolist(),
+            "acceptance": [share and round(share, 3) for share in whole.conditional_acceptance],
         }
         print(json.dumps(line), flush=True)
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not load_kernels(), reason="no C++ compiler: eve
 PAGE, TAPS = 4, (0, 1)
 
 
-def tiny() -> Target:
+def tiny(dtype=torch.float32) -> Target:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=64,
@@ -27,17 +27,17 @@ def tiny() -> Target:
         head_dim=8,
         max_position_embeddings=128,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
     return Target(model.eval().requires_grad_(False))
 
 
-def run(target, pool, rows, context=9):
+def run(target, pool, rows, context=9, taps=TAPS):
     pages = torch.arange(1, 12, dtype=torch.int32)
     position = torch.arange(context, context + rows)
     slot = pages.long()[position // PAGE] * PAGE + position % PAGE
     lengths = (torch.tensor([0, rows], dtype=torch.int32), torch.tensor([context], dtype=torch.int32))
     batch = Ragged((position * 7) % 64, position, slot, pages[None], *lengths)
-    return target.forward(batch, pool, torch.arange(rows), TAPS)
+    return target.forward(batch, pool, torch.arange(rows), taps)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,9 @@ def cache(tmp_path_factory):
         yield
 
 
-def test_compiled_equals_eager_for_any_number_of_rows(cache):
-    target = tiny()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_compiled_equals_eager_for_any_number_of_rows(cache, dtype, tolerance):
+    target = tiny(dtype)
     pool = target.allocate(12, PAGE)
     for key in pool.keys + pool.values:
         key.normal_()
@@ -61,10 +62,12 @@ def test_compiled_equals_eager_for_any_number_of_rows(cache):
         assert each.status == "compiled", "two graphs made at once do not disturb each other"
     after = {rows: run(target, pool, rows) for rows in before}
     for rows, outputs in before.items():
-        torch.testing.assert_close(after[rows], outputs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(after[rows], outputs, rtol=tolerance, atol=tolerance)
         for part, whole in zip(after[rows], after[30], strict=True):
             assert torch.equal(part, whole[:rows]), "a row's bits depend on how many rows share the step"
-    again = tiny()
+        logits, _ = run(target, pool, rows, taps=())
+        assert torch.equal(logits, after[rows][0]), "plain decoding and speculation see other logits"
+    again = tiny(dtype)
     assert again.compile(TAPS, PAGE).status == "compiled", "the second time it comes from the cache"
     torch.testing.assert_close(run(again, pool, 8), after[8], rtol=0, atol=0)
 
