@@ -203,7 +203,7 @@ def _compile_to(program: Any, path: Path) -> None:
         # what several readers need is made once: left alone, every layer computes the rotation's cosines again
         "realize_opcount_threshold": 4,
         "realize_reads_threshold": 1,
-        # round where the module rounds: else bits depend on what is fused, and a graph with taps differs from one without
+        # round where the module rounds: else bits depend on what is fused, and taps would change the logits
         "emulate_precision_casts": True,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
