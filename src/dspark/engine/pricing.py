@@ -14,6 +14,7 @@ from dspark.speculation.live_cost import LiveCost
 from dspark.speculation.online import OnlineCalibration
 from dspark.speculation.planner import AUTO, needs_cost, parse_planner
 
+METERING = 0.01  # share of the time that following the engine's steps may take
 GLANCE = 3.0  # s of measuring an engine that will be another one when its forwards are compiled
 
 
@@ -50,7 +51,7 @@ def plan_with(
     core.planning.calibration = OnlineCalibration(calibration or Calibration(core.drafter.block_size, {}))
     if isinstance(made, Joint) and calibration is not None:
         made.acceptance = Acceptance(calibration.fit("sampled").acceptance)
-    core.meter = live.observe
+    core.meter, core.metering = live.observe, METERING
     return live
 
 

@@ -5,6 +5,7 @@ R requests, K draft slots, B rows with logits, V vocabulary, k taps.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -35,7 +36,6 @@ from dspark.speculation.reliability import Observer
 from dspark.speculation.statistics import SpeculationStatistics
 from dspark.speculation.verify import Verdict, verify, verify_tempered
 
-METERING = 0.01  # share of the time that a meter may take; steps in between go unmetered
 HEADROOM = 2  # slots a drafter may read past its block
 
 
@@ -80,7 +80,7 @@ class EngineCore:
         self.requests: dict[int, Request] = {}
         self.statistics = SpeculationStatistics()  # of all requests that have left
         self.once_compiled: Callable[[], object] | None = None  # called by `wait_compiled` when it has waited
-        self.metering = METERING
+        self.metering = math.inf  # share of the time that the meter may take; below it, some steps go unmetered
         self._next_metering = 0.0  # s of steps until the meter is asked again
         large = sum(p.numel() for p in target.model.state_dict().values()) >= WORTH_COMPILING
         self.graphs = self.runner.compile() if config.compile and large else []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from dspark.engine.pricing import METERING
 from dspark.engine.request import Commit, RequestStatistics
 from dspark.engine.step import EngineCore
 from dspark.evaluation.workload import NOISE, Blinded, LoadRequest
@@ -34,6 +36,7 @@ class Policy:
         core.planning.planner, core.meter = self.planner, own or also
         if own is not None and also is not None:
             core.meter = lambda step: (own(step), also(step))[0]
+        core.metering = METERING if also is None else math.inf
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,11 @@ def whole(config, tmp_path_factory):
 
 
 def forked(work, *args):
-    process = multiprocessing.get_context("fork").Process(target=work, args=args)
+    def alone():
+        torch.set_num_threads(1)  # OpenMP's threads did not come along with the fork
+        work(*args)
+
+    process = multiprocessing.get_context("fork").Process(target=alone)
     process.start()
     return process
 

@@ -26,12 +26,12 @@ def rank_of(rank, size, port, config, out):
 
 
 def start(config, out, ranks=2):
-    """Run as several ranks of one group, forked so that nothing is imported again, and wait."""
+    """Run as several ranks of one group, and wait. Fresh processes: OpenMP does not survive a fork."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=rank_of, args=(rank, ranks, port, config, out)) for rank in range(ranks)]
+    fresh = multiprocessing.get_context("spawn")
+    processes = [fresh.Process(target=rank_of, args=(rank, ranks, port, config, out)) for rank in range(ranks)]
     for process in processes:
         process.start()
     for process in processes:
