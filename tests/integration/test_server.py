@@ -86,6 +86,26 @@ def test_streams_say_the_same_in_pieces(served):
     assert len(chunks) > 3
 
 
+def test_traces_come_with_every_piece_if_asked(served):
+    asked = GREEDY | {"max_tokens": 40, "extra_body": {"dspark": {"trace": True}}}
+    whole = served.openai.completions.create(**asked).choices[0]
+    told = whole.dspark["tokens"]
+    assert "".join(one["text"] for one in told) == whole.text and len(told) == 40
+    corrected = [one for one in told if one["kind"] == "corrected"]
+    assert corrected and all(one["rejected"] and 0 <= one["confidence"] <= 1 and one["slot"] for one in corrected)
+    assert all("confidence" not in one for one in told if one["kind"] in ("bonus", "plain"))
+    assert 0 < whole.dspark["first_token_seconds"] < whole.dspark["seconds"]
+    chunks = [chunk.choices[0] for chunk in served.openai.completions.create(**asked, stream=True)]
+    assert all("".join(one["text"] for one in piece.dspark["tokens"]) == piece.text for piece in chunks)
+    assert [one for piece in chunks for one in piece.dspark["tokens"]] == told
+    chat = {"model": MODEL, "messages": TALK, "max_completion_tokens": 9, "temperature": 0}
+    pieces = served.openai.chat.completions.create(**chat, stream=True, extra_body=asked["extra_body"])
+    for piece in list(pieces)[1:]:  # the first one opens the turn
+        text = "".join(one["text"] for one in piece.choices[0].dspark["tokens"])
+        assert (piece.choices[0].delta.content or "") == text
+    assert "tokens" not in served.openai.completions.create(**GREEDY).choices[0].dspark
+
+
 def test_logprobs_are_the_targets(served, direct):
     got = served.openai.completions.create(**GREEDY, max_tokens=9, logprobs=3).choices[0].logprobs
     want = direct(PROMPT, max_tokens=9, temperature=0, logprobs=3).logprobs

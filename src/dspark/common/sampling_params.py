@@ -35,6 +35,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    trace: bool = False  # tell of every token whether it was drafted, and how sure of it the drafter was
     speculation: int | Literal["off"] | None = None  # most tokens drafted a round; "off" is 0, None leaves it to plans
     speculation_group: str = ""  # a workload whose acceptance is tracked on its own, such as "code" or "chat"
     priority: float = 1.0  # what a token of this request is worth to a planner, beside other requests' tokens

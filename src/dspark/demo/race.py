@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from dspark.common.errors import UserError
 from dspark.common.sampling_params import SamplingParams
-from dspark.drafters.base import Draft, DraftContext, Drafter
+from dspark.drafters.base import Drafter
 from dspark.engine.build import build_engine
-from dspark.engine.detokenize import Detokenizer, decoder_of
-from dspark.engine.request import Commit, RequestStatistics
+from dspark.engine.detokenize import decoder_of
+from dspark.engine.request import Commit, RequestStatistics, TokenTrace
 from dspark.models.target import Target
 
 
@@ -21,9 +21,8 @@ from dspark.models.target import Target
 class Written:
     """One committed token as a person may look at it."""
 
-    token_id: int
     text: str
-    slot: int | None = None  # its place in the draft, from 1; None: nothing was drafted for it
+    slot: int | None = None  # its place in the draft, from 1; None: no draft of it was verified
     accepted: bool = False  # the drafter proposed it
     confidence: float | None = None  # of the drafter, that this slot would be accepted
     instead_of: str | None = None  # the drafter's token, where the target corrected it
@@ -38,34 +37,18 @@ class Run:
     statistics: RequestStatistics
 
 
-class Watched:
-    """A drafter whose last draft can be looked at."""
-
-    def __init__(self, drafter: Drafter):
-        self.drafter = drafter
-        self.taps, self.block_size = drafter.taps, drafter.block_size
-        self.extend, self.allocate, self.compile_forwards = drafter.extend, drafter.allocate, drafter.compile_forwards
-        self.rows_apart, self.directory = (getattr(drafter, name, None) for name in ("rows_apart", "directory"))
-        self.last: Draft | None = None
-
-    def propose(self, context: DraftContext) -> Draft:
-        """The drafter's own draft, remembered."""
-        self.last = self.drafter.propose(context)
-        return self.last
-
-
 class Lane:
     """One engine that writes one text at a time, with a clock that runs during its steps only."""
 
     def __init__(self, target: Target, drafter: Drafter | None, planner: str, *, compile: bool):
-        self.watched = Watched(drafter) if drafter is not None else None
         self.name = type(drafter).__name__ if drafter is not None else "plain"
-        self.core = build_engine(target, self.watched, planner, max_running=1, prefix_caching=False, compile=compile)
+        self.core = build_engine(target, drafter, planner, max_running=1, prefix_caching=False, compile=compile)
         if self.core.tokenizer is None:
             raise UserError("the target has no tokenizer; save one beside its weights")
         self.tokenizer: PreTrainedTokenizerBase = self.core.tokenizer
         self.decode = decoder_of(self.tokenizer)
-        self.written: list[Written] = []
+        self.tokens: list[int] = []
+        self.written: list[Written] = []  # as `tokens`, where the request is traced
         self.seconds, self.done = 0.0, True
         self.statistics = RequestStatistics()
 
@@ -78,18 +61,16 @@ class Lane:
     def begin(self, prompt: str, params: SamplingParams) -> None:
         """Take a prompt; the text before is forgotten. Raises UserError for one that cannot be served."""
         self.core.add(prompt, params)
-        self.written, self.seconds, self.done = [], 0.0, False
-        self._text = Detokenizer(self.decode, self.tokenizer.encode(prompt))
+        self.tokens, self.written, self.seconds, self.done = [], [], 0.0, False
 
     def step(self) -> list[Commit]:
         """One engine step."""
-        if self.watched is not None:
-            self.watched.last = None
         before = time.perf_counter()
         commits = self.core.step()
         self.seconds += time.perf_counter() - before
         for commit in commits:
-            self.written += self._look_at(commit)
+            self.tokens += commit.token_ids
+            self.written += map(self._look_at, commit.trace or ())
             self.statistics = commit.statistics
             self.done = commit.finish_reason is not None
         return commits
@@ -103,31 +84,22 @@ class Lane:
 
     def result(self) -> Run:
         """What was written so far."""
-        return Run(tuple(token.token_id for token in self.written), self.seconds, self.statistics)
+        return Run(tuple(self.tokens), self.seconds, self.statistics)
 
     @property
     def speed(self) -> float:
         """Tokens per second of the present text."""
-        return len(self.written) / self.seconds if self.seconds else 0.0
+        return len(self.tokens) / self.seconds if self.seconds else 0.0
 
-    def _look_at(self, commit: Commit) -> Iterator[Written]:
-        draft = self.watched.last if self.watched is not None else None
-        tokens = draft.token_RK[0].tolist() if draft is not None else []
-        confidences = draft.confidence_RK[0].tolist() if draft is not None else []
-        for k, token in enumerate(commit.token_ids):
-            text, _ = self._text.feed([token])
-            if k >= len(tokens):
-                yield Written(token, text)
-            elif k < commit.accepted:
-                yield Written(token, text, k + 1, True, confidences[k])
-            else:
-                yield Written(token, text, k + 1, False, confidences[k], self.decode([tokens[k]]))
+    def _look_at(self, one: TokenTrace) -> Written:
+        fell = None if one.rejected is None else self.decode([one.rejected])
+        return Written(one.text, one.slot, one.kind == "accepted", one.confidence, fell)
 
 
 def race(lanes: list[Lane], prompt: str, params: SamplingParams) -> Iterator[Lane]:
     """All lanes write `prompt`; the one whose clock is behind takes the next step and is yielded after it."""
     for lane in lanes:
-        lane.begin(prompt, params)
+        lane.begin(prompt, replace(params, trace=True))
     while running := [lane for lane in lanes if not lane.done]:
         lane = min(running, key=lambda lane: lane.seconds)
         lane.step()

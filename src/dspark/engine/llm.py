@@ -16,7 +16,7 @@ from dspark.common.sampling_params import SamplingParams
 from dspark.drafters.base import Drafter
 from dspark.engine.build import build_engine
 from dspark.engine.profile import Profile
-from dspark.engine.request import Commit, FinishReason, RequestStatistics, TokenLogprob
+from dspark.engine.request import Commit, FinishReason, RequestStatistics, TokenLogprob, TokenTrace
 from dspark.engine.step import EngineCore
 from dspark.models.target import Target
 from dspark.speculation.planner import DEFAULT, Planner
@@ -32,6 +32,7 @@ class Result:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] | None = None
+    trace: list[TokenTrace] | None = None
     statistics: RequestStatistics = field(default_factory=RequestStatistics)
 
     def take(self, commit: Commit) -> None:
@@ -42,6 +43,8 @@ class Result:
         self.statistics = commit.statistics
         if commit.logprobs is not None:
             self.logprobs = [*(self.logprobs or []), *commit.logprobs]
+        if commit.trace is not None:
+            self.trace = [*(self.trace or []), *commit.trace]
 
 
 class LLM:

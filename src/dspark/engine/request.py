@@ -25,6 +25,18 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class TokenTrace:
+    """Where a committed token came from."""
+
+    token_id: int
+    text: str  # those of a commit joined are the commit's text: half a character comes with its other half
+    kind: Literal["accepted", "corrected", "bonus", "plain"]  # plain: no draft was verified that round
+    slot: int | None = None  # its place in the draft, from 1
+    confidence: float | None = None  # the drafter's own, that this slot would stand if those before it did
+    rejected: int | None = None  # the drafted token that fell here
+
+
+@dataclass(frozen=True)
 class Commit:
     """What one step added to one request. Texts of all commits joined are the request's text."""
 
@@ -35,6 +47,7 @@ class Commit:
     logprobs: list[TokenLogprob] | None
     finish_reason: FinishReason | None
     statistics: RequestStatistics
+    trace: list[TokenTrace] | None = None  # of `token_ids`, if the request asked
 
 
 @dataclass
@@ -97,8 +110,11 @@ class Request:
         self.decoding = False
         return pages
 
-    def commit(self, tokens: list[int]) -> tuple[list[int], str]:
-        """Take a round's tokens up to the first reason to stop; returns those taken and the text that can be shown."""
+    def commit(self, tokens: list[int]) -> tuple[list[int], list[str]]:
+        """Take a round's tokens up to the first reason to stop; returns those taken and the text that can be shown.
+
+        The text is in one piece, or in one for each token taken if the request is traced.
+        """
         room = self.limit - len(self.tokens)
         kept = tokens[:room]
         spoken = len(kept)
@@ -108,18 +124,32 @@ class Request:
             spoken = next(i for i, token in enumerate(kept) if token in self.stop_ids)
             kept = kept[: spoken + 1]
             self.finish_reason = "stop"
-        text = ""
-        if self.detokenizer is not None:
-            text, count = self.detokenizer.feed(kept[:spoken])
-            if count is not None:
-                kept = kept[:count]
-                self.finish_reason = "stop"
-            elif self.finish_reason:
-                text += self.detokenizer.finish()
+        texts, count = self._speak(kept[:spoken])
+        if count is not None:
+            kept = kept[:count]
+            self.finish_reason = "stop"
+        texts += [""] * (len(kept) - len(texts)) if self.params.trace else []
+        if self.finish_reason and count is None and self.detokenizer is not None:
+            texts[-1] += self.detokenizer.finish()
         self.tokens += kept
         now = time.perf_counter()
         if self.statistics.first_token is None:
             self.statistics.first_token = now
         if self.finish_reason:
             self.statistics.finished = now
-        return kept, text
+        return kept, texts
+
+    def _speak(self, tokens: list[int]) -> tuple[list[str], int | None]:
+        """The pieces of text that `tokens` add, and how many tokens it took if a stop string was completed."""
+        if self.detokenizer is None:
+            return [""], None
+        if not self.params.trace:
+            text, count = self.detokenizer.feed(tokens)
+            return [text], count
+        texts = []
+        for place, token in enumerate(tokens):
+            text, count = self.detokenizer.feed([token])
+            texts.append(text)
+            if count is not None:
+                return texts, place + 1
+        return texts, None

@@ -26,6 +26,7 @@ from dspark.engine.planning import Planning, records
 from dspark.engine.prefix import PagePool
 from dspark.engine.request import Commit, Request
 from dspark.engine.runner import Runner, Timings
+from dspark.engine.trace import trace_of
 from dspark.models.target import Target
 from dspark.ops.verdict import has_kernel
 from dspark.speculation.cost import StepTime
@@ -228,7 +229,7 @@ class EngineCore:
         commits = []
         for index, request in enumerate(schedule.sampled):
             plan, accepted = verdict.plan[index], verdict.accepted_R[index]
-            kept, text = request.commit(verdict.tokens[index])
+            kept, texts = request.commit(verdict.tokens[index])
             request.rounds += 1
             if request.decoding:
                 drafted = draft.length_R[index] if draft is not None else 0
@@ -236,9 +237,17 @@ class EngineCore:
             request.decoding = True
             cached = request.cached + schedule.rows[index] + accepted
             self.admission.keep(request, min(cached, len(request.tokens)))
+            traced = request.params.trace
             commits.append(
                 Commit(
-                    request.id, kept, text, min(accepted, len(kept)), None, request.finish_reason, request.statistics
+                    request.id,
+                    kept,
+                    "".join(texts),
+                    min(accepted, len(kept)),
+                    None,
+                    request.finish_reason,
+                    request.statistics,
+                    trace_of(kept, texts, draft=draft, verdict=verdict, row=index) if traced else None,
                 )
             )
             if request.finish_reason:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dspark.engine.request import RequestStatistics, TokenLogprob
+from dspark.engine.request import RequestStatistics, TokenLogprob, TokenTrace
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 HALF = "\ufffd"
@@ -25,12 +25,15 @@ class Piece:
     logprobs: list[TokenLogprob] | None = None
     finish_reason: str | None = None
     statistics: RequestStatistics | None = None  # with the last piece
+    trace: list[TokenTrace] | None = None
 
     def take(self, more: Piece) -> None:
         """Put what follows behind it."""
         self.text += more.text
         if more.logprobs is not None:
             self.logprobs = [*(self.logprobs or []), *more.logprobs]
+        if more.trace is not None:
+            self.trace = [*(self.trace or []), *more.trace]
         self.finish_reason, self.statistics = more.finish_reason, more.statistics
 
 
@@ -85,7 +88,23 @@ def statistics_json(statistics: RequestStatistics) -> dict[str, Any]:
         "verified_at": statistics.verified_at,
         "accepted_at": statistics.accepted_at,
         "preemptions": statistics.preemptions,
+        "first_token_seconds": _seconds(statistics.arrived, statistics.first_token),
+        "seconds": _seconds(statistics.arrived, statistics.finished),
     }
+
+
+def _seconds(since: float, until: float | None) -> float | None:
+    return None if until is None else round(until - since, 6)
+
+
+def trace_json(one: TokenTrace, decode: Decode) -> dict[str, Any]:
+    """Where one token came from; what does not apply is left out."""
+    told: dict[str, Any] = {"id": one.token_id, "text": one.text, "kind": one.kind}
+    if one.confidence is not None:
+        told |= {"slot": one.slot, "confidence": round(one.confidence, 4)}
+    if one.rejected is not None:
+        told["rejected"] = decode(one.rejected)
+    return told
 
 
 @dataclass
@@ -112,12 +131,12 @@ class _Base:
             "choices": choices,
         }
 
-
-def _choice(piece: Piece, **said: Any) -> dict[str, Any]:
-    choice = {"index": piece.choice, **said, "finish_reason": piece.finish_reason}
-    if piece.statistics is not None:
-        choice["dspark"] = statistics_json(piece.statistics)
-    return choice
+    def _choice(self, piece: Piece, **said: Any) -> dict[str, Any]:
+        choice = {"index": piece.choice, **said, "finish_reason": piece.finish_reason}
+        told = statistics_json(piece.statistics) if piece.statistics is not None else {}
+        if piece.trace is not None:
+            told["tokens"] = [trace_json(one, self.decode) for one in piece.trace]
+        return choice | {"dspark": told} if told else choice
 
 
 @dataclass
@@ -130,20 +149,20 @@ class ChatForm(_Base):
         """The assistant's turn begins."""
         delta = {"role": "assistant", "content": ""}
         return [
-            self._object("chat.completion.chunk", [_choice(Piece(index, ""), delta=delta, logprobs=None)])
+            self._object("chat.completion.chunk", [self._choice(Piece(index, ""), delta=delta, logprobs=None)])
             for index in range(choices)
         ]
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """More of a message."""
         delta = {"content": piece.text} if piece.text or not piece.finish_reason else {}
-        choice = _choice(piece, delta=delta, logprobs=self._logprobs(piece.logprobs))
+        choice = self._choice(piece, delta=delta, logprobs=self._logprobs(piece.logprobs))
         return self._object("chat.completion.chunk", [choice])
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """Whole messages."""
         made = [
-            _choice(
+            self._choice(
                 piece,
                 message={"role": "assistant", "content": piece.text, "refusal": None},
                 logprobs=self._logprobs(piece.logprobs),
@@ -187,20 +206,20 @@ class TextForm(_Base):
     def head(self, choices: int) -> list[dict[str, Any]]:
         """The prompts, if they are to be echoed."""
         return [
-            self._object("text_completion", [_choice(Piece(index, ""), text=text, logprobs=None)])
+            self._object("text_completion", [self._choice(Piece(index, ""), text=text, logprobs=None)])
             for index, text in enumerate(self.echoed or ())
         ]
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """More of a text."""
-        choice = _choice(piece, text=piece.text, logprobs=self._logprobs(piece))
+        choice = self._choice(piece, text=piece.text, logprobs=self._logprobs(piece))
         return self._object("text_completion", [choice])
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """Whole texts."""
         before = self.echoed or itertools.repeat("")
         made = [
-            _choice(piece, text=prompt + piece.text, logprobs=self._logprobs(piece))
+            self._choice(piece, text=prompt + piece.text, logprobs=self._logprobs(piece))
             for prompt, piece in zip(before, choices, strict=False)
         ]
         return self._object("text_completion", made) | {"usage": usage.json()}

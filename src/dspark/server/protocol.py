@@ -41,6 +41,7 @@ class Extensions(Strict):
     speculation_group: Annotated[str, Field(max_length=64)] = ""
     priority: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
     min_tokens_per_second: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
+    trace: bool = False
 
 
 class Sampling(Strict):

@@ -96,7 +96,7 @@ class Service:
                             fresh.discard(place)
                             usage.cached += commit.statistics.cached_tokens
                         last = commit.statistics if commit.finish_reason else None
-                        yield Piece(place, commit.text, commit.logprobs, commit.finish_reason, last)
+                        yield Piece(place, commit.text, commit.logprobs, commit.finish_reason, last, commit.trace)
             except StepFailed as error:
                 LOG.error("a step failed", exc_info=error)
                 raise ApiError(

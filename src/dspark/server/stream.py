@@ -89,7 +89,9 @@ class EventStream(Response):
             start = b"".join(event(one | extra) for one in self._form.head(self._choices))
             await body(start + event(self._form.chunk(self._first) | extra))
             async for piece in self._pieces:
-                if piece.text or piece.logprobs or piece.finish_reason:  # a stop string may hold text back
+                if (
+                    piece.text or piece.logprobs or piece.trace or piece.finish_reason
+                ):  # a stop string may hold text back
                     await body(event(self._form.chunk(piece) | extra))
         except Exception as error:
             await body(event(as_api_error(error).body), more=False)
