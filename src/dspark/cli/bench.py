@@ -1,4 +1,4 @@
-"""`dspark bench decode`: the engine against plain decoding and `transformers` generate; `load`: policies under load."""
+"""`dspark bench`: `decode`, the engine against `transformers`; `load`, planners under load; `serve`, any server."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from dspark.cli import bench_serve
 from dspark.cli.inputs import check_output, numbers, span
 
 POLICIES = "none,fixed:1,fixed:2,fixed:3,fixed:5,fixed:7,threshold:0.5,greedy,lagged,lookahead,joint"
 USERS = "1,2,4,8,16,32,64"
 app = typer.Typer(no_args_is_help=True, help="Measure speed.")
+app.command()(bench_serve.serve)
 
 
 @app.callback()

@@ -55,6 +55,21 @@ def poisson(rate: float, seconds: float, random: np.random.Generator) -> Array:
     return np.sort(random.uniform(0, seconds, random.poisson(rate * seconds)))
 
 
+def gamma(rate: float, count: int, burstiness: float, random: np.random.Generator) -> Array:
+    """`count` arrivals whose gaps follow a gamma law of shape `burstiness`: 1 is Poisson, less comes in bursts.
+
+    Scaled so that the last is due at `count / rate` s, as `vllm bench serve` does; all at once at an infinite rate.
+    """
+    if not 0 < burstiness < math.inf:
+        raise UserError(f"burstiness {burstiness} is not above 0; pass 1 for Poisson arrivals, less for bursts")
+    if not rate > 0:
+        raise UserError(f"request rate {rate} is not above 0; pass inf to send everything at once")
+    if math.isinf(rate):
+        return np.zeros(count)
+    times = np.cumsum(random.gamma(burstiness, 1.0 / (rate * burstiness), count))
+    return np.asarray(times * (count / rate / times[-1]))
+
+
 def bursty(rate: float, seconds: float, random: np.random.Generator) -> Array:
     """A Poisson process that switches between calm and bursts of `BURST` times the mean rate."""
     calm = (1 - BURST * BURST_SHARE) / (1 - BURST_SHARE)

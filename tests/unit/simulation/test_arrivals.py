@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dspark.common.errors import UserError
-from dspark.simulation.arrivals import arrivals_of, bursty, day_rates, poisson, read_trace
+from dspark.simulation.arrivals import arrivals_of, bursty, day_rates, gamma, poisson, read_trace
 
 
 def dispersion(times, seconds):
@@ -19,6 +19,18 @@ def test_rates_and_bursts():
     assert len(uneven) == pytest.approx(80_000, rel=0.15) and dispersion(uneven, 4000) > 5
     for times in (even, uneven):
         assert (np.diff(times) >= 0).all() and times[0] >= 0 and times[-1] <= 4000
+
+
+def test_gaps_of_a_gamma_law_by_burstiness():
+    for burstiness in (0.25, 1.0, 4.0):
+        times = gamma(20.0, 20_000, burstiness, np.random.default_rng(0))
+        gaps = np.diff(times)
+        assert times[-1] == pytest.approx(1000.0) and (gaps >= 0).all()
+        assert (gaps.std() / gaps.mean()) ** 2 == pytest.approx(1 / burstiness, rel=0.1)
+    assert gamma(np.inf, 3, 1.0, np.random.default_rng(0)).tolist() == [0, 0, 0]
+    for rate, burstiness in ((0.0, 1.0), (np.nan, 1.0), (1.0, 0.0), (1.0, np.inf)):
+        with pytest.raises(UserError):
+            gamma(rate, 3, burstiness, np.random.default_rng(0))
 
 
 def test_a_day_peaks_in_the_afternoon():
