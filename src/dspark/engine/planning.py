@@ -10,6 +10,8 @@ import numpy as np
 from dspark.drafters.base import Draft
 from dspark.engine.admission import Schedule
 from dspark.engine.request import Request
+from dspark.speculation.ledger import Ledger
+from dspark.speculation.live_cost import LiveCost
 from dspark.speculation.online import OnlineCalibration
 from dspark.speculation.planner import Planner
 from dspark.speculation.reliability import RoundRecord
@@ -25,6 +27,8 @@ class Planning:
     def __init__(self, planner: Planner, *, seed: int | None = None):
         self.planner = planner
         self.calibration: OnlineCalibration | None = None  # None: confidences are taken as they are
+        self.live: LiveCost | None = None  # the cost the planner reads, where it reads one
+        self.ledger = Ledger()
         self._rest = 0  # steps for which the planner's "nobody drafts" holds while the requests are the same
         self._resting: list[Request] = []
         self._rested: list[float] = []  # s of steps since
@@ -82,7 +86,13 @@ class Planning:
         if self._round is None:
             if self._resting:
                 self._rested.append(seconds)
+                self.ledger.rest()
             return
+        if self._survival_RK is None:
+            self.ledger.rest()
+        else:
+            audits = sum(verdict.plan[r] > 0 for r in self._audited)
+            self.ledger.draft(self._survival_RK, verdict.plan, verdict.accepted_R, audited=audits)
         if self.calibration is not None and self._raw_RK is not None:
             audited = [r for r in self._audited if verdict.plan[r]]
             self.calibration.observe(self._raw_RK, verdict.plan, verdict.accepted_R, audited)

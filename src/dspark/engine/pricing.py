@@ -34,6 +34,7 @@ def plan_with(
     if planner == AUTO:
         small = sum(p.numel() for p in core.target.model.state_dict().values()) < WORTH_COMPILING
         planner = "none" if not core.admission.block_size else "full" if small and profile is None else "joint"
+    core.planning.live = None
     if not needs_cost(planner):
         core.planning.planner = parse_planner(planner)
         if planner.startswith("threshold") and calibration is not None:
@@ -51,6 +52,7 @@ def plan_with(
     core.planning.calibration = OnlineCalibration(calibration or Calibration(core.drafter.block_size, {}))
     if isinstance(made, Joint) and calibration is not None:
         made.acceptance = Acceptance(calibration.fit("sampled").acceptance)
+    core.planning.live = live
     core.meter, core.metering = live.observe, METERING
     return live
 

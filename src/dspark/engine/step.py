@@ -152,7 +152,8 @@ class EngineCore:
         self._next_metering -= seconds
         if self.meter is not None and load is not None:
             before = time.perf_counter()
-            self.meter(StepTime(**load, draft_seconds=drafted - started, seconds=seconds))
+            committed = sum(len(commit.token_ids) for commit in commits)
+            self.meter(StepTime(**load, draft_seconds=drafted - started, seconds=seconds, committed=committed))
             self._next_metering = (time.perf_counter() - before) / self.metering
         return commits
 

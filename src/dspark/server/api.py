@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -34,7 +36,15 @@ Job = tuple[list[int], SamplingParams]
 def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
     """The application over `engine`; its Service is `app.state.service`."""
     service = Service(engine, config or ServerConfig())
-    app = FastAPI(title="dspark", version=package_version(), docs_url=None, redoc_url=None)  # their pages need a CDN
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(service.metrics.watch_lag())
+        yield
+        watching.cancel()
+
+    pages: dict[str, Any] = {"docs_url": None, "redoc_url": None}  # they need a CDN
+    app = FastAPI(title="dspark", version=package_version(), lifespan=lifespan, **pages)
     app.state.service = service
     install(app)
     _completions(app, service)

@@ -6,47 +6,20 @@ finish reasons and draft positions.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass
 from time import perf_counter
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import Metric
 
 from dspark.engine.request import Commit, RequestStatistics
-from dspark.engine.step import EngineCore
-from dspark.speculation.statistics import SpeculationStatistics, total
+from dspark.server.engine_metrics import EngineState, engine_families
 
 FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+LAG = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0)
 SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-MOST_POSITIONS = 64
-
-
-@dataclass(frozen=True)
-class EngineState:
-    """An engine between two steps."""
-
-    running: int
-    waiting: int
-    pages_used: int  # held by requests; a page only the prefix cache holds can be had at once
-    pages: int
-    steps: int
-    step_seconds: float
-    speculation: SpeculationStatistics  # of all requests, finished or not
-
-    @staticmethod
-    def of(core: EngineCore) -> EngineState:
-        """Reads `core`; call it where nothing steps it."""
-        pool = core.admission.pool
-        return EngineState(
-            running=len(core.admission.running),
-            waiting=len(core.admission.waiting),
-            pages_used=pool.capacity - pool.available,
-            pages=pool.capacity,
-            steps=core.timings.steps,
-            step_seconds=core.timings.total,
-            speculation=total([core.statistics, *(request.statistics for request in core.requests.values())]),
-        )
+LAG_EVERY = 0.05  # s
 
 
 class Metrics:
@@ -56,6 +29,7 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.state: EngineState | None = None
         self.failed_steps = 0
+        self.step_age = 0.0  # s
         self._requests = Counter(
             "dspark_requests", "Answers by endpoint and status.", ["endpoint", "status"], registry=registry
         )
@@ -81,6 +55,10 @@ class Metrics:
         self._whole = Histogram(
             "dspark_e2e_request_latency_seconds", "Arrival to last token.", buckets=SLOW, registry=registry
         )
+        self.lag = Histogram(
+            "dspark_event_loop_lag_seconds", "How late the loop wakes what has slept.", buckets=LAG, registry=registry
+        )
+        ProcessCollector(registry=registry)
         registry.register(self)
 
     def answered(self, endpoint: str, status: int) -> None:
@@ -93,47 +71,21 @@ class Metrics:
         """A client went away before its answer was whole."""
         self._cancelled.inc()
 
+    async def watch_lag(self) -> None:
+        """Asks the event loop again and again how late it is; runs until it is cancelled."""
+        while True:
+            due = perf_counter() + LAG_EVERY
+            await asyncio.sleep(LAG_EVERY)
+            self.lag.observe(max(0.0, perf_counter() - due))
+
     def watch(self) -> TextWatch:
         """Follows one text."""
         return TextWatch(self)
 
     def collect(self) -> Iterator[Metric]:
         """The engine's state as it was last read."""
-        state = self.state
-        if state is None:
-            return
-        spec = state.speculation
-        yield GaugeMetricFamily("dspark_num_requests_running", "Texts with pages.", state.running)
-        yield GaugeMetricFamily("dspark_num_requests_waiting", "Texts that wait for pages.", state.waiting)
-        usage = state.pages_used / state.pages
-        yield GaugeMetricFamily("dspark_kv_cache_usage_perc", "Share of pages held by texts, 1 is all.", usage)
-        yield GaugeMetricFamily("dspark_kv_cache_pages", "Pages for keys and values.", state.pages)
-        for name, text, value in (
-            ("dspark_engine_steps", "Target forwards.", state.steps),
-            ("dspark_engine_step_seconds", "Time in steps.", state.step_seconds),
-            ("dspark_engine_failed_steps", "Steps that failed, with the requests in them.", self.failed_steps),
-            ("dspark_spec_decode_num_drafts", "Rounds of a text in which it could draft.", spec.rounds),
-            ("dspark_spec_decode_num_draft_tokens", "Tokens drafted.", spec.drafted),
-            ("dspark_spec_decode_num_verified_tokens", "Drafted tokens that the target checked.", spec.verified),
-            (
-                "dspark_spec_decode_num_trimmed_tokens",
-                "Drafted tokens the plan left out.",
-                spec.drafted - spec.verified,
-            ),
-            ("dspark_spec_decode_num_accepted_tokens", "Checked tokens that stood.", spec.accepted),
-            ("dspark_spec_decode_num_rejected_tokens", "Checked tokens that fell.", spec.verified - spec.accepted),
-            ("dspark_spec_decode_num_committed_tokens", "Tokens committed by rounds.", spec.committed),
-        ):
-            yield CounterMetricFamily(name, text, value)
-        for name, text, counts in (
-            ("verified", "Rounds in which this position was checked.", spec.verified_at),
-            ("reached", "... and all before it stood.", spec.reached_at),
-            ("accepted", "... and itself stood.", spec.accepted_at),
-        ):
-            family = CounterMetricFamily(f"dspark_spec_decode_num_{name}_tokens_per_pos", text, labels=["position"])
-            for position, count in enumerate(counts[:MOST_POSITIONS]):
-                family.add_metric([str(position)], count)
-            yield family
+        if self.state is not None:
+            yield from engine_families(self.state, failed_steps=self.failed_steps, step_age=self.step_age)
 
     def text(self) -> bytes:
         """Everything, as Prometheus reads it."""

@@ -16,9 +16,10 @@ from dspark.common.errors import UserError
 from dspark.common.sampling_params import SamplingParams
 from dspark.engine.engine import Engine, EngineStopped, StepFailed
 from dspark.server.answers import Decode, Piece, Usage
+from dspark.server.engine_metrics import EngineState
 from dspark.server.errors import LOG, ApiError
 from dspark.server.limits import Gate
-from dspark.server.metrics import EngineState, Metrics
+from dspark.server.metrics import Metrics
 from dspark.server.protocol import ChatMessage
 
 ASK_SECONDS = 1.0  # how long /metrics waits for the end of a step before it tells the state before
@@ -107,7 +108,7 @@ class Service:
 
     async def refresh(self) -> None:
         """Read the engine's state for the metrics; one that is in a long step, or has stopped, keeps its last."""
-        self.metrics.failed_steps = self.engine.failed_steps
+        self.metrics.failed_steps, self.metrics.step_age = self.engine.failed_steps, self.engine.step_seconds
         with contextlib.suppress(EngineStopped, TimeoutError):
             self.metrics.state = await asyncio.wait_for(self.engine.ask(EngineState.of), ASK_SECONDS)
 

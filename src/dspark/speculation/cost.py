@@ -34,6 +34,7 @@ class StepTime:
     slots: int  # drafted for each of them
     draft_seconds: float  # up to the end of the draft; on an asynchronous device only the time to launch it
     seconds: float  # all of it
+    committed: int = 0  # tokens
 
 
 @dataclass(frozen=True)

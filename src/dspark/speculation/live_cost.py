@@ -11,6 +11,7 @@ import numpy as np
 
 from dspark.speculation.cost import StepCost, StepTime, place
 from dspark.speculation.cost_fit import never_falling
+from dspark.speculation.ledger import Priced
 
 REFRESH = (16, 64)  # observed steps between two prices, first and later: planners keep tables for that long
 SKIP = 4  # steps to one that is learnt from, once the first have been
@@ -63,6 +64,7 @@ class LiveCost:
         self.profile = cost
         self.cost = cost  # read this one
         self.split = split
+        self.priced = Priced()
         self._target = _Correction(cost.rows)
         self._draft = _Correction(cost.draft_requests) if cost.draft_seconds else None
         self._steps = self._observed = 0
@@ -75,6 +77,7 @@ class LiveCost:
             return
         if not step.requests or step.seconds <= step.draft_seconds:
             return
+        self.priced.observe(step, self.cost)
         target, draft = self.profile.of_step(step)
         at = step.rows + self.profile.prefill_weight * step.prefill
         if self.split:

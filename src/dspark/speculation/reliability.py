@@ -113,6 +113,20 @@ def survival_samples(records: Iterable[RoundRecord], position: int) -> tuple[Ten
     return _samples(products, [r.accepted > position for r in whole])
 
 
+def pooled_error(records: Sequence[RoundRecord], bins: int = BINS) -> float | None:
+    """Expected calibration error of c_1 · … · c_k over all positions of full rounds at once; None without any."""
+    whole = [r for r in records if r.full and r.verified]
+    if not whole:
+        return None
+    slots = max(r.verified for r in whole)
+    confidence_RK = torch.tensor([[*r.confidence, *[0.0] * (slots - r.verified)] for r in whole], dtype=torch.float64)
+    verified_R1, accepted_R1 = torch.tensor([[r.verified, r.accepted] for r in whole]).T[..., None]
+    slot_K = torch.arange(slots)
+    known_RK = slot_K < verified_R1
+    outcome_RK = (slot_K < accepted_R1).double()
+    return expected_calibration_error(confidence_RK.cumprod(1)[known_RK], outcome_RK[known_RK], bins)
+
+
 def _samples(probabilities: list[float], outcomes: list[bool]) -> tuple[Tensor, Tensor]:
     return torch.tensor(probabilities, dtype=torch.float64), torch.tensor(outcomes, dtype=torch.float64)
 
