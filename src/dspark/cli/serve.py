@@ -34,6 +34,7 @@ def serve(
     ] = None,
     api_keys: Annotated[Path | None, typer.Option(help="A file with one API key a line.")] = None,
     cors_origin: Annotated[list[str] | None, typer.Option(help="Let pages of this origin call; default none.")] = None,
+    playground: Annotated[bool, typer.Option(help="A page at / to try prompts and watch the load.")] = True,
     queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; more get 429.")] = 256,
     max_running: Annotated[int, typer.Option(min=1, help="Texts generated at the same time.")] = 64,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the model's context.")] = None,
@@ -64,6 +65,7 @@ def serve(
         most_prompt_tokens=max_prompt_tokens,
         keys=tuple(find_keys(api_key or (), api_keys)),
         origins=tuple(cors_origin or ()),
+        playground=playground,
     )
     bound = bind(host, port)  # before the model is loaded: a taken port is known at once
 
@@ -130,6 +132,7 @@ def resolved(core: EngineCore, config: ServerConfig, planner: str, url: str) -> 
         "texts": f"{core.config.max_running} at once, {config.queue} more may wait",
         "compiled": forwards,
         "keys": str(len(config.keys)) if config.keys else "none needed",
+        "page": f"{url}/" if config.playground else "none",
         "address": f"{url}/v1",
     }
     return "\n".join(f"{name + ':':<10}{value}" for name, value in facts.items())

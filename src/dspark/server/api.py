@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dspark.common.errors import UserError
 from dspark.common.sampling_params import SamplingParams
 from dspark.engine.engine import Engine
+from dspark.server import playground
 from dspark.server.answers import ChatForm, Form, Piece, TextForm, Usage
 from dspark.server.errors import ApiError, install
 from dspark.server.limits import Bodies, Keys
@@ -50,9 +51,11 @@ def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
     _completions(app, service)
     _texts(app, service)
     _operations(app, service)
+    if service.config.playground:
+        playground.install(app)
     app.add_middleware(Bodies, most_bytes=service.config.most_body_bytes, seconds=service.config.body_seconds)
     if service.config.keys:
-        app.add_middleware(Keys, keys=service.config.keys)
+        app.add_middleware(Keys, keys=service.config.keys, free=playground.PATHS)
     if service.config.origins:
         origins, headers = list(service.config.origins), ["authorization", "content-type"]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=headers)

@@ -39,6 +39,7 @@ class EngineState:
     audited: list[RoundRecord] | None  # None where nothing is calibrated
     drifts: int
     planner: str
+    compiling: int
 
     @staticmethod
     def of(core: EngineCore) -> EngineState:
@@ -59,6 +60,7 @@ class EngineState:
             audited=list(calibration.audited) if calibration is not None else None,
             drifts=calibration.drifts if calibration is not None else 0,
             planner=type(planning.planner).__name__.lower(),
+            compiling=sum(graph.status == "compiling" for graph in core.graphs),
         )
 
 
@@ -76,6 +78,8 @@ def engine_families(state: EngineState, *, failed_steps: int, step_age: float) -
     yield CounterMetricFamily(
         "dspark_engine_failed_steps", "Steps that failed, with the requests in them.", failed_steps
     )
+    text = "Forwards not compiled yet: they run, slower."
+    yield GaugeMetricFamily("dspark_engine_forwards_compiling", text, state.compiling)
     yield from speculation_families(state.speculation)
     yield from planning_families(state.ledger)
     if state.priced is not None:

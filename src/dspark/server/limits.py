@@ -42,13 +42,15 @@ def find_keys(given: Iterable[str] = (), file: Path | None = None) -> list[str]:
 class Keys:
     """Lets requests through that bring one of the keys, compared in a time that tells nothing about them."""
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]):
+    def __init__(self, app: ASGIApp, keys: Iterable[str], free: Iterable[str] = ()):
+        """`free` are paths that need no key, beside OPEN."""
         self.app = app
+        self._free = OPEN | frozenset(free)
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers 401 without a key."""
-        if scope["type"] == "http" and scope["path"] not in OPEN and not self.allow(scope):
+        if scope["type"] == "http" and scope["path"] not in self._free and not self.allow(scope):
             await ApiError(
                 401,
                 "this server needs an API key; send it as Authorization: Bearer KEY",

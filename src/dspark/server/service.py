@@ -37,6 +37,7 @@ class ServerConfig:
     keys: tuple[str, ...] = ()
     body_seconds: float = 30.0  # from a request's headers to the end of its body
     origins: tuple[str, ...] = ()  # of pages that browsers may call from; none by default
+    playground: bool = True  # the page at /
 
     def __post_init__(self) -> None:
         if self.queue < 0:
