@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dspark.drafters.backbone import Backbone, Pools
 from dspark.drafters.base import DraftContext
 from dspark.drafters.lesson import Lesson
+from dspark.drafters.native import native_block, native_context
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 from dspark.ops.attention import store
@@ -49,8 +50,12 @@ class Body(nn.Module):
         self.pools = self.backbone.allocate(pages * page_size)
         self.offsets = torch.arange(MOST_SLOTS, device=self.pools[0][0].device)
         identity = f"{self.backbone.config} {self.pools[0][0].dtype} {page_size} {self.embed_tokens.weight.shape}"
-        self._block = SwappableGraph(BlockForward(self, page_size), f"block {identity} {self.mask_token_id}")
-        self._context = SwappableGraph(ContextForward(self.backbone), f"context {identity}")
+        self._block = SwappableGraph(
+            BlockForward(self, page_size), f"block {identity} {self.mask_token_id}", lambda: native_block(self)
+        )
+        self._context = SwappableGraph(
+            ContextForward(self.backbone), f"context {identity}", lambda: native_context(self)
+        )
 
     def compile_forwards(self) -> tuple[SwappableGraph, SwappableGraph]:
         """Compile both forwards or load them from the cache; they run eagerly until that is done."""

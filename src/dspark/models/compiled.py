@@ -1,7 +1,8 @@
-"""Runs a module eagerly at once and swaps its compiled graph in when that is ready; graphs are cached on disk.
+"""Runs a module eagerly at once and swaps something faster in when that is ready: a kernel, or its compiled graph.
 
-One graph serves every batch: the matrix products and the attention are opaque kernels that take any number of rows,
-so Inductor only fuses the glue between them, with symbolic sizes. Weights stay where they are: the graph borrows them.
+Compiled graphs are cached on disk. One serves every batch: matrix products and attention are opaque kernels that take
+any number of rows, so Inductor only fuses the glue between them, with symbolic sizes. Weights stay where they are:
+the graph borrows them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ SHIMS = {
     "int32_t causal, int64_t window, double softcap, H* out",
 }
 FEW_ROWS = 16  # up to here a graph's loops between the products run on one thread
+Forward = Callable[..., Sequence[Tensor]]
 PAUSE = 2.0  # seconds after the last trace before compiling begins
 
 
@@ -69,22 +71,21 @@ _turns = _Turns()
 class SwappableGraph:
     """`module` as a function of flat tensors, compiled once per machine; every first dimension may vary by call."""
 
-    def __init__(self, module: nn.Module, identity: str):
-        """`identity` says what the graph depends on beside code and machine: configuration, dtype, taps, page size."""
+    def __init__(self, module: nn.Module, identity: str, native: Callable[[], Forward | None] | None = None):
+        """`identity` says what the graph depends on beside code and machine: configuration, dtype, taps, page size.
+
+        `native` makes the module's forward out of kernels, where there are such for it: nothing needs compiling then.
+        """
         self.module = module
         self.key = _key(identity)
         self.status = "eager"  # then compiling, then compiled or failed
-        self._runner: Any = None
+        self._run: Forward = module
+        self._native = native
         self._thread: threading.Thread | None = None
 
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
         """The module's outputs as a flat sequence."""
-        if self._runner is None:
-            return self.module(*tensors)
-        if len(tensors[0]) > FEW_ROWS:
-            return self._runner.boxed_run(list(tensors))
-        with serial_glue():
-            return self._runner.boxed_run(list(tensors))
+        return self._run(*tensors)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -95,8 +96,11 @@ class SwappableGraph:
         """
         if not load_kernels() or self.status != "eager":
             return
-        path = cache_directory() / f"graph-{self.key}.pt2"
         want = _results(self.module, example)
+        if self._native is not None and (run := self._native()) is not None:
+            self._take(run, example, want)
+            return
+        path = cache_directory() / f"graph-{self.key}.pt2"
         if path.is_file():
             self._adopt(path, example, want)
             return
@@ -136,18 +140,30 @@ class SwappableGraph:
             weights.update(traced.named_parameters(remove_duplicate=False))
             names = compiled.get_constant_fqns()
             compiled.load_constants({name: weights[name] for name in names}, check_full_update=True, user_managed=True)
-            got = _results(lambda *tensors: compiled.loader.boxed_run(list(tensors)), example)
-            for one, wanted in zip(got, want, strict=True):
-                _check_close(one, wanted)
+            self._take(_with_serial_glue(compiled.loader.boxed_run), example, want)
         except Exception as error:  # e.g. a cache written by another build: compile anew next time
             path.unlink(missing_ok=True)
             self._fail(error)
-            return
-        self._runner, self.status = compiled.loader, "compiled"
+
+    def _take(self, run: Forward, example: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+        """Go on with `run`; raises RuntimeError where it is not the module's function."""
+        for got, wanted in zip(_results(run, example), want, strict=True):
+            _check_close(got, wanted)
+        self._run, self.status = run, "compiled"
 
     def _fail(self, error: Exception) -> None:
         self.status = "failed"
         log.warning("running %s eagerly, no compiled graph: %s", type(self.module).__name__, str(error).split("\n")[0])
+
+
+def _with_serial_glue(run: Callable[[list[Tensor]], Sequence[Tensor]]) -> Forward:
+    def forward(*tensors: Tensor) -> Sequence[Tensor]:
+        if len(tensors[0]) > FEW_ROWS:
+            return run(list(tensors))
+        with serial_glue():
+            return run(list(tensors))
+
+    return forward
 
 
 def _results(function: Callable[..., Sequence[Tensor]], example: Sequence[Tensor]) -> list[Tensor]:

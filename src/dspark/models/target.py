@@ -7,7 +7,7 @@ choice of the rows whose logits are computed. T tokens, B wanted rows, V vocabul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from dspark.common.errors import UserError
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 from dspark.models.loading import load_causal_lm
+from dspark.models.native import NativeDecoder, stack_of
 from dspark.models.pages import KVPool
 from dspark.models.taps import check_taps, decoder_of, tapping
 from dspark.ops import attention as ops
@@ -38,9 +39,10 @@ class Paged:
 
 @dataclass
 class Probe:
-    """Stands in for `Paged` once, at load: notes the shape of every layer's keys and values."""
+    """Stands in for `Paged` once, at load: notes the shape of every layer's keys and values, and how it attends."""
 
-    shapes: dict[int, tuple[int, int, int]]
+    shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    calls: dict[int, tuple[float, int, float]] = field(default_factory=dict)  # scale, window, softcap
     sinks: bool = False
 
 
@@ -59,8 +61,10 @@ def ragged_attention_forward(
     """Attention as `transformers` calls it, on [1, heads, T, d]; context comes from the pages in `paged`."""
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     layer = module.layer_idx
+    scale, window, cap = scaling if scaling is not None else q.shape[-1] ** -0.5, sliding_window or 0, softcap or 0.0
     if isinstance(paged, Probe):
         paged.shapes[layer] = (k.shape[1], k.shape[2], v.shape[2])
+        paged.calls[layer] = (scale, window, cap)
         paged.sinks |= kwargs.get("s_aux") is not None
         return torch.zeros(1, q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device), None
     assert paged is not None, "the ragged attention function was called outside Target.forward"
@@ -78,10 +82,10 @@ def ragged_attention_forward(
         batch.cu_query_R1,
         batch.context_R,
         paged.pool.page_size,
-        scaling if scaling is not None else q.shape[-1] ** -0.5,
+        scale,
         True,
-        sliding_window or 0,
-        softcap or 0.0,
+        window,
+        cap,
     )
     return out.unsqueeze(0), None
 
@@ -105,7 +109,7 @@ class Target:
         self.device, self.dtype = weight.device, weight.dtype
         refuse_unpaged_layers(self.config)
         pack_linears(model)
-        self.kv_shapes, self.source_of_layer = self._probe()
+        self.kv_shapes, self.calls, self.source_of_layer = self._probe()
         self._graphs: dict[tuple[tuple[int, ...], int], SwappableGraph] = {}
 
     @staticmethod
@@ -153,13 +157,18 @@ class Target:
             identity = (
                 f"{self.config.to_json_string(use_diff=False)} {self.layer_count} {self.dtype} {taps} {page_size}"
             )
-            self._graphs[taps, page_size] = SwappableGraph(forward, identity)
+            self._graphs[taps, page_size] = SwappableGraph(forward, identity, lambda: self._native(taps, page_size))
         return self._graphs[taps, page_size]
 
+    def _native(self, taps: tuple[int, ...], page_size: int) -> NativeDecoder | None:
+        """The forward by one kernel, where the layers are plain ones."""
+        stack = stack_of(self.model, self.decoder, page_size=page_size, calls=self.calls)
+        return None if stack is None else NativeDecoder(stack, taps)
+
     @torch.inference_mode()
-    def _probe(self) -> tuple[list[tuple[int, int, int]], list[int]]:
-        """Key/value shapes by layer, and the layer whose pages each one reads, from one forward of one token."""
-        probe = Probe({})
+    def _probe(self) -> tuple[list[tuple[int, int, int]], list[tuple[float, int, float]], list[int]]:
+        """Key/value shapes and attention by layer, and whose pages each reads, from one forward of one token."""
+        probe = Probe()
         token_11 = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self.model(
             input_ids=token_11,
@@ -176,7 +185,8 @@ class Target:
                     f"layer {layer} of {self.config.model_type} ({type(mixer).__name__}) keeps a state that cannot be "
                     "rolled back; use a model with attention in every layer"
                 )
-        return [probe.shapes[layer] for layer in range(self.layer_count)], self._sources()
+        every = range(self.layer_count)
+        return [probe.shapes[i] for i in every], [probe.calls[i] for i in every], self._sources()
 
     def _sources(self) -> list[int]:
         sources: list[int] = []

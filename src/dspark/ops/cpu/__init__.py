@@ -45,7 +45,8 @@ def load_kernels() -> bool:
     if compiler is None:
         log.warning("no C++ compiler found: matrix products fall back to torch; install g++ for the fast CPU path")
         return False
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
+    parts = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.h")))
+    key = hashlib.sha256(SOURCE.read_bytes() + parts + " ".join(FLAGS).encode()).hexdigest()[:16]
     library = cache_directory() / f"kernels-{key}-{machine_key()}.so"
     try:
         if not library.is_file():

@@ -1,0 +1,307 @@
+// The sequential head: blocks drawn left to right.
+#pragma once
+
+#include <omp.h>
+
+#include <tuple>
+#include <vector>
+
+#include "products.h"
+#include "team.h"
+
+namespace {
+
+inline float dot(const float* a, const float* b, int64_t size) {  // size is a multiple of 16, zero-padded
+  Vec acc = Vec{};
+  for (int64_t i = 0; i < size; i += LANES) acc += load(a + i) * load(b + i);
+  float half[LANES / 2];
+  for (int64_t i = 0; i < LANES / 2; ++i) half[i] = acc[i] + acc[i + LANES / 2];
+  return ((half[0] + half[4]) + (half[1] + half[5])) + ((half[2] + half[6]) + (half[3] + half[7]));
+}
+
+// The largest of x[count], which is padded with -inf to a multiple of 16; NaN is never the largest.
+inline float peak_of(const float* x, int64_t count) {
+  Vec peaks = Vec{} - INFINITY;
+  for (int64_t i = 0; i < count; i += LANES) {
+    const Vec here = load(x + i);
+    peaks = here > peaks ? here : peaks;
+  }
+  float peak = peaks[0];
+  for (int lane = 1; lane < LANES; ++lane) peak = std::max(peak, peaks[lane]);
+  return peak;
+}
+
+// Where `value` first stands in x[count]; `none` where it does not.
+inline int64_t first_of(const float* x, int64_t count, float value, int64_t none, int64_t start = 0) {
+  for (int64_t i = start; i < count; i += LANES) {
+    if (i + LANES <= count && peak_of(x + i, LANES) != value) continue;
+    for (int64_t lane = i; lane < std::min(i + LANES, count); ++lane)
+      if (x[lane] == value) return lane;
+  }
+  return none;
+}
+
+inline uint32_t rank_of(float x) {  // orders floats as unsigned integers
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// Indices of the `top` largest values, rising; among equals the lowest index wins. All of them for top 0.
+void largest(const float* value, int64_t V, int64_t top, std::vector<int32_t>& chosen) {
+  chosen.clear();
+  if (top <= 0 || top >= V) {
+    for (int64_t v = 0; v < V; ++v) chosen.push_back(v);
+    return;
+  }
+  constexpr int BUCKETS = 4096, SHIFT = 20;
+  std::vector<int32_t> count(BUCKETS, 0), border;
+  for (int64_t v = 0; v < V; ++v) ++count[rank_of(value[v]) >> SHIFT];
+  int64_t bucket = BUCKETS - 1, above = 0;
+  while (above + count[bucket] < top) above += count[bucket--];
+  for (int64_t v = 0; v < V; ++v)
+    if (int64_t(rank_of(value[v]) >> SHIFT) == bucket) border.push_back(v);
+  const auto before = [&](int32_t a, int32_t b) { return value[a] != value[b] ? value[a] > value[b] : a < b; };
+  std::nth_element(border.begin(), border.begin() + (top - above - 1), border.end(), before);
+  const int32_t last = border[top - above - 1];
+  for (int64_t v = 0; v < V; ++v) {
+    const int64_t mine = rank_of(value[v]) >> SHIFT;
+    if (mine > bucket || (mine == bucket && !before(last, v))) chosen.push_back(v);
+  }
+}
+
+// The first index whose cumulative weight reaches u of the whole and that has weight; `count` where there is none.
+// `weight` is zero-padded to a multiple of 16.
+inline int64_t draw_from(const float* weight, int64_t count, double total, double u) {
+  const double aim = total * u;
+  double seen = 0;
+  int64_t last = count;
+  for (int64_t base = 0; base < count; base += LANES) {
+    const double block = block_sum(&weight[base]);
+    if (seen + block < aim) {
+      seen += block;
+      if (block > 0) last = base;
+      continue;
+    }
+    for (int64_t i = base; i < std::min(base + LANES, count); ++i) {
+      if (!(weight[i] > 0)) continue;
+      seen += weight[i], last = i;
+      if (seen >= aim) return i;
+    }
+  }
+  while (last < count && !(weight[last] > 0)) ++last;
+  return last;
+}
+
+// Adds W2 times `count` embeddings to wide[count][stride], for vocabulary tiles [first, last); W2 lies as every linear's
+// weights. A row's sums do not depend on how many rows share the pass.
+template <typename Scalar>
+void add_bias(const Scalar* embedding, const Scalar* packed, int64_t count, int64_t rank, int64_t first, int64_t last,
+              float* wide, int64_t stride) {
+  multiply(embedding, count, rank, packed, first, last, [=](int64_t r, int64_t v, Vec sums) {
+    put(wide + r * stride + v, load(wide + r * stride + v) + sums);
+  });
+}
+
+// One request's block, every slot among its `top` candidates.
+template <typename Scalar>
+void chain_of(const Scalar* base, const Scalar* w1, const Scalar* w2, int64_t anchor, int64_t K, int64_t V, int64_t rank, int64_t top,
+               double temperature, const double* uniform, const float* confidence_w, int64_t* token, float* q,
+              float* confidence) {
+  const int64_t padded = (rank + LANES - 1) / LANES * LANES;
+  std::vector<float> wide(V), embedding(padded, 0.0f), row(padded, 0.0f), logit(V + LANES);
+  std::vector<int32_t> chosen;
+  int64_t previous = anchor;
+  for (int64_t k = 0; k < K; ++k) {
+    for (int64_t v = 0; v < V; ++v) wide[v] = widen(base[k * V + v]);
+    largest(wide.data(), V, top, chosen);
+    for (int64_t j = 0; j < rank; ++j) embedding[j] = widen(w1[previous * rank + j]);
+    const int64_t count = chosen.size();
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < rank; ++j) row[j] = widen(w2[chosen[i] * rank + j]);
+      logit[i] = wide[chosen[i]] + dot(row.data(), embedding.data(), padded);
+    }
+    for (int64_t i = count; i < count + LANES; ++i) logit[i] = -INFINITY;
+    const float peak = peak_of(logit.data(), count);
+    int64_t best = first_of(logit.data(), count, peak, count - 1);
+    if (temperature == 0) {
+      q[k * V + chosen[best]] = 1.0f;
+    } else {
+      double total = 0;
+      for (int64_t i = 0; i < count; i += LANES) {
+        const Vec raw = load(&logit[i]);
+        const Vec weight = raw > Vec{} - INFINITY ? exponential((raw - peak) / float(temperature)) : Vec{};
+        std::memcpy(&logit[i], &weight, sizeof weight);
+        total += block_sum(&logit[i]);
+      }
+      best = draw_from(logit.data(), count, total, uniform[k]);
+      const float share = float(1.0 / total);
+      for (int64_t i = 0; i < count; ++i) q[k * V + chosen[i]] = logit[i] * share;
+      if (best == count) best = count - 1;
+    }
+    token[k] = chosen[best];
+    if (confidence) confidence[k] += dot(confidence_w, embedding.data(), padded);
+    previous = token[k];
+  }
+}
+
+// All requests' blocks over the whole vocabulary, slot by slot. The vocabulary is cut into PARTS, dealt to the threads: a
+// thread's share of W2 stays in its own cache over the slots, and sums run within a part and then over parts, in order,
+// so that no bit depends on the number of threads or requests. Every thread picks every token for itself.
+template <typename Scalar>
+struct WholeChain {
+  static constexpr int64_t PARTS = 16;
+  const Scalar *base, *w1, *packed;
+  const int64_t* anchor;
+  const double *temperature, *uniform;
+  const float* confidence_w;
+  int64_t R, K, V, rank;
+  int64_t* token;
+  float *q, *confidence;
+  Team& team;
+  int64_t stride = (V + LANES - 1) / LANES * LANES, padded = (rank + LANES - 1) / LANES * LANES;
+  std::vector<float> logit = std::vector<float>(R * stride, -INFINITY), peak = std::vector<float>(R * PARTS);
+  std::vector<double> total = std::vector<double>(R * PARTS);
+
+  int64_t tile_of(int64_t part) const { return (V + LANES - 1) / LANES * part / PARTS; }
+  int64_t start_of(int64_t part) const { return std::min(V, tile_of(part) * LANES); }
+
+  // Every thread of the team calls this with its number.
+  void run(int64_t id) {
+    const Share parts(PARTS, id, team.size);
+    const bool drawn = std::any_of(temperature, temperature + R, [](double heat) { return heat > 0; });
+    std::vector<int64_t> previous(anchor, anchor + R);
+    std::vector<Scalar> embedding(R * rank);
+    for (int64_t k = 0; k < K; ++k) {
+      for (int64_t r = 0; r < R; ++r) std::copy_n(w1 + previous[r] * rank, rank, embedding.begin() + r * rank);
+      for (int64_t part = parts.begin; part < parts.end; ++part) score(part, k, embedding.data());
+      team.meet();
+      for (int64_t r = 0; r < R; ++r)
+        if (temperature[r] > 0)
+          for (int64_t part = parts.begin; part < parts.end; ++part) weigh(r, part);
+      if (drawn) team.meet();
+      for (int64_t r = 0; r < R; ++r) {
+        if (r % team.size == id) see(r, k, embedding.data() + r * rank);
+        previous[r] = pick(r, k);
+        if (r % team.size == id) token[r * K + k] = previous[r];
+        if (temperature[r] > 0) write_law(r, k, start_of(parts.begin), start_of(parts.end));
+        else if (r % team.size == id) q[(r * K + k) * V + previous[r]] = 1.0f;
+      }
+      team.meet();  // nobody overwrites what another still reads
+    }
+  }
+
+  void score(int64_t part, int64_t k, const Scalar* embedding) {
+    const int64_t begin = start_of(part), end = start_of(part + 1);
+    multiply(embedding, R, rank, packed, tile_of(part), tile_of(part + 1), [&](int64_t r, int64_t v, Vec sums) {
+      const Scalar* from = base + (r * K + k) * V + v;
+      float* to = &logit[r * stride + v];
+      if (v + LANES <= V) return put(to, wide(from) + sums);
+      for (int64_t i = 0; v + i < V; ++i) to[i] = widen(from[i]) + sums[i];
+    });
+    for (int64_t r = 0; r < R; ++r) {
+      if (end == V) std::fill(logit.begin() + r * stride + V, logit.begin() + (r + 1) * stride, -INFINITY);
+      peak[r * PARTS + part] = end > begin ? peak_of(&logit[r * stride + begin], end - begin) : -INFINITY;
+    }
+  }
+
+  float highest(int64_t r) const { return *std::max_element(&peak[r * PARTS], &peak[r * PARTS] + PARTS); }
+
+  void weigh(int64_t r, int64_t part) {  // logits become weights
+    const float top = highest(r), heat = float(temperature[r]);
+    double sum = 0;
+    for (int64_t v = start_of(part); v < start_of(part + 1); v += LANES) {
+      float* here = &logit[r * stride + v];
+      const Vec raw = load(here), weight = raw > Vec{} - INFINITY ? exponential((raw - top) / heat) : Vec{};
+      put(here, weight);
+      sum += block_sum(here);
+    }
+    total[r * PARTS + part] = sum;
+  }
+
+  int64_t pick(int64_t r, int64_t k) const {
+    const float* row = &logit[r * stride];
+    if (temperature[r] == 0) {
+      const float top = highest(r);
+      for (int64_t part = 0; part < PARTS; ++part)
+        if (peak[r * PARTS + part] == top) return std::min(first_of(row, start_of(part + 1), top, V, start_of(part)), V - 1);
+      return V - 1;
+    }
+    double seen = 0;
+    const double aim = whole(r) * uniform[r * K + k];
+    for (int64_t part = 0; part < PARTS; ++part) {
+      const double mass = total[r * PARTS + part];
+      if (mass > 0 && (seen + mass >= aim || part == PARTS - 1)) {
+        const int64_t start = start_of(part), count = start_of(part + 1) - start;
+        return std::min(start + draw_from(row + start, count, mass, (aim - seen) / mass), V - 1);
+      }
+      seen += mass;
+    }
+    return last_with_weight(row);
+  }
+
+  // Rounding may leave the aim beyond the last part that has weight.
+  int64_t last_with_weight(const float* row) const {
+    for (int64_t v = V - 1; v > 0; --v)
+      if (row[v] > 0) return v;
+    return V - 1;
+  }
+
+  double whole(int64_t r) const {
+    double sum = 0;
+    for (int64_t part = 0; part < PARTS; ++part) sum += total[r * PARTS + part];
+    return sum;
+  }
+
+  void see(int64_t r, int64_t k, const Scalar* embedding) {
+    if (!confidence) return;
+    std::vector<float> row(padded, 0.0f);
+    for (int64_t j = 0; j < rank; ++j) row[j] = widen(embedding[j]);
+    confidence[r * K + k] += dot(confidence_w, row.data(), padded);
+  }
+
+  void write_law(int64_t r, int64_t k, int64_t begin, int64_t end) {
+    const float share = float(1.0 / whole(r));
+    for (int64_t v = begin; v < end; ++v) q[(r * K + k) * V + v] = logit[r * stride + v] * share;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> draft_chain(const Tensor& base, const Tensor& w1, const Tensor& w2,
+                                               const Tensor& anchor, const Tensor& temperature, const Tensor& uniform,
+                                               int64_t top, const Tensor& confidence_base, const Tensor& confidence_w,
+                                               const Bias& packed) {
+  const int64_t R = base.size(0), K = base.size(1), V = base.size(2), rank = w1.size(1);
+  Tensor token = at::empty({R, K}, base.options().dtype(at::kLong)), confidence = confidence_base.to(at::kFloat).clone();
+  Tensor q = at::zeros({R, K, V}, base.options().dtype(at::kFloat));
+  const bool sees_token = confidence_w.numel() > 0;
+  Tensor padded = at::zeros({(rank + LANES - 1) / LANES * LANES}, confidence.options());
+  if (sees_token) padded.slice(0, 0, rank).copy_(confidence_w);
+  const Tensor basec = base.contiguous(), anchorc = anchor.contiguous(), temperaturec = temperature.contiguous(),
+               uniformc = uniform.contiguous();
+  const int threads = thread_count();
+  const int64_t* anchors = anchorc.const_data_ptr<int64_t>();
+  const double *heats = temperaturec.const_data_ptr<double>(), *uniforms = uniformc.const_data_ptr<double>();
+  const float* seen = padded.const_data_ptr<float>();
+  int64_t* tokens = token.data_ptr<int64_t>();
+  float *laws = q.data_ptr<float>(), *confidences = confidence.data_ptr<float>();
+  auto run_all = [&]<typename Scalar>(Scalar) {
+    const Scalar *logits = basec.const_data_ptr<Scalar>(), *first = w1.const_data_ptr<Scalar>(),
+                 *second = w2.const_data_ptr<Scalar>(),
+                 *tiles = packed ? packed->const_data_ptr<Scalar>() : nullptr;
+    if (tiles && (top <= 0 || top >= V)) {
+      Team team;
+      WholeChain<Scalar> chain{logits, first, tiles, anchors, heats, uniforms, seen, R, K, V, rank, tokens, laws,
+                               sees_token ? confidences : nullptr, team};
+      return team.run([&](int64_t id) { chain.run(id); });
+    }
+#pragma omp parallel for num_threads(threads) if (threads > 1 && R > 1)
+    for (int64_t r = 0; r < R; ++r)
+      chain_of(logits + r * K * V, first, second, anchors[r], K, V, rank, top, heats[r], uniforms + r * K, seen,
+               tokens + r * K, laws + r * K * V, sees_token ? confidences + r * K : nullptr);
+  };
+  if (base.scalar_type() == at::kFloat) run_all(float{});
+  else run_all(at::BFloat16{});
+  return {token, q, confidence};
+}
+
+}  // namespace

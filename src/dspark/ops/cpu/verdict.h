@@ -1,0 +1,78 @@
+// The rejection rule over a round, for laws that temperature alone shapes.
+#pragma once
+
+#include <utility>
+
+#include "chain.h"
+
+namespace {
+
+// exp((logit - peak) / temperature) of one row; returns the sum.
+template <typename Scalar>
+double weights_of(const Scalar* logit, int64_t V, float temperature, std::vector<float>& weight) {
+  for (int64_t v = 0; v < V; ++v) weight[v] = widen(logit[v]);
+  const float peak = peak_of(weight.data(), V);
+  double total = 0;
+  for (int64_t v = 0; v < V; v += LANES) {
+    const Vec raw = load(&weight[v]), w = raw > Vec{} - INFINITY ? exponential((raw - peak) / temperature) : Vec{};
+    std::memcpy(&weight[v], &w, sizeof w);
+    total += block_sum(&weight[v]);
+  }
+  return total;
+}
+
+template <typename Scalar>
+std::pair<int64_t, int64_t> judge(const Scalar* logits, int64_t V, int64_t plan, const int64_t* token, const float* q,
+                                  double temperature, const double* accept, double final_u) {
+  std::vector<float> weight((V + LANES - 1) / LANES * LANES, -INFINITY);
+  for (int64_t k = 0;; ++k, std::fill(weight.begin() + V, weight.end(), -INFINITY)) {
+    const Scalar* row = logits + k * V;
+    if (temperature == 0) {
+      for (int64_t v = 0; v < V; ++v) weight[v] = widen(row[v]);
+      const int64_t best = first_of(weight.data(), V, peak_of(weight.data(), V), V);
+      if (k == plan || token[k] != best) return {k, best};
+      continue;
+    }
+    const double total = weights_of(row, V, float(temperature), weight);
+    if (!(total > 0) || std::isinf(total)) return {k, V};
+    if (k == plan) return {k, draw_from(weight.data(), V, total, final_u)};
+    const float* law = q + k * V;
+    if (accept[k] * law[token[k]] < weight[token[k]] / total) continue;
+    double mass = 0, left = 0;
+    std::vector<float> excess(weight.size(), 0.0f);
+    for (int64_t v = 0; v < V; ++v) {
+      excess[v] = std::max(0.0f, float(weight[v] / total) - law[v]);
+      mass += excess[v];
+    }
+    left = draw_from(excess.data(), V, mass, final_u);
+    return {k, mass > 0 ? int64_t(left) : draw_from(weight.data(), V, total, final_u)};
+  }
+}
+
+std::tuple<Tensor, Tensor> verdict(const Tensor& logits, at::IntArrayRef plan, const Tensor& token, const Tensor& q,
+                                   const Tensor& temperature, const Tensor& accept, const Tensor& final_u) {
+  const int64_t R = plan.size(), V = logits.size(1), K = token.size(1);
+  Tensor accepted = at::empty({R}, token.options()), last = at::empty({R}, token.options());
+  std::vector<int64_t> start(R, 0);
+  for (int64_t r = 1; r < R; ++r) start[r] = start[r - 1] + plan[r - 1] + 1;
+  const Tensor x = logits.contiguous(), t = token.contiguous(), law = q.contiguous(), heat = temperature.contiguous(),
+               u = accept.contiguous(), f = final_u.contiguous();
+  const int threads = thread_count();
+  const int64_t* drafted = t.const_data_ptr<int64_t>();
+  const float* laws = law.const_data_ptr<float>();
+  const double *heats = heat.const_data_ptr<double>(), *accepts = u.const_data_ptr<double>(),
+               *finals = f.const_data_ptr<double>();
+  int64_t *counts = accepted.data_ptr<int64_t>(), *lasts = last.data_ptr<int64_t>();
+  auto run_all = [&]<typename Scalar>(Scalar) {
+    const Scalar* rows_x = x.const_data_ptr<Scalar>();
+#pragma omp parallel for num_threads(threads) if (threads > 1 && R > 1)
+    for (int64_t r = 0; r < R; ++r)
+      std::tie(counts[r], lasts[r]) = judge(rows_x + start[r] * V, V, plan[r], drafted + r * K, laws + r * K * V, heats[r],
+                                            accepts + r * K, finals[r]);
+  };
+  if (logits.scalar_type() == at::kFloat) run_all(float{});
+  else run_all(at::BFloat16{});
+  return {accepted, last};
+}
+
+}  // namespace

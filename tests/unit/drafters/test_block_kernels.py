@@ -1,0 +1,69 @@
+"""A block drafter's forwards by the kernels are its modules' own."""
+
+import pytest
+import torch
+
+from dspark.drafters.backbone import Backbone
+from dspark.drafters.body import Body
+from dspark.drafters.layers import BackboneConfig
+from dspark.drafters.native import native_block, native_context
+from dspark.ops.cpu import load_kernels
+from dspark.ops.linear import pack_linears
+
+pytestmark = pytest.mark.skipif(not load_kernels(), reason="no C++ compiler: everything runs eagerly")
+PAGE, DTYPES = 4, {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+SHAPE = {
+    "model_type": "qwen3",
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "tap_count": 2,
+}
+
+
+def assert_near(got, want, tolerance):
+    for one, other in zip(got, want, strict=True):
+        error = (one.float() - other.float()).abs().max() / other.float().abs().max()
+        assert error <= tolerance, f"off by {error:.2g} of the largest value"
+
+
+def body(dtype, **options) -> Body:
+    torch.manual_seed(0)
+    config = BackboneConfig(**SHAPE | options)
+    head = torch.nn.Linear(config.hidden_size, 90, bias=False)
+    made = Body(Backbone(config), torch.nn.Embedding(90, config.hidden_size), head, mask_token_id=89)
+    made = made.to(dtype).eval().requires_grad_(False)
+    pack_linears(made)
+    made.allocate(40, PAGE)
+    return made
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"model_type": "qwen2"}, {"windows": (5, 0)}], ids=["qwen3", "qwen2", "window"]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_forwards_of_a_block_drafter_equal_their_modules(dtype, options):
+    drafter = body(dtype, **options)
+    context, block = native_context(drafter), native_block(drafter)
+    table_RP = torch.arange(1, 11, dtype=torch.int32).view(2, 5)
+    position_T = torch.cat((torch.arange(7), torch.arange(13)))
+    slot_T = table_RP.repeat_interleave(torch.tensor([7, 13]), 0)[torch.arange(20), position_T // PAGE].long() * PAGE
+    slot_T = slot_T + position_T % PAGE
+    taps_TD = torch.randn(20, 96).to(dtype)
+    pools = [pool for pair in drafter.pools for pool in pair]
+    written = []
+    for run in (drafter._context.module, context):
+        mine = [pool.clone() for pool in pools]
+        run(taps_TD, position_T, slot_T, *mine)
+        written.append(mine)
+    assert_near(written[1], written[0], DTYPES[dtype])
+    inputs = (torch.tensor([4, 8]), torch.tensor([7, 13]), table_RP, torch.arange(5), *written[0])
+    assert_near(block(*inputs), drafter._block.module(*inputs), DTYPES[dtype])
+
+
+def test_a_drafter_of_another_block_is_left_to_the_compiler():
+    assert native_block(body(torch.float32, hidden_act="gelu")) is None
+    assert native_context(body(torch.float32, model_type="gemma4_text")) is None
