@@ -1,6 +1,7 @@
 """Many streams over one stepping thread: same texts, cancellation, errors, and a loop that stays free."""
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -155,3 +156,10 @@ def test_prompts_that_belong_together_share_a_stream_and_an_error():
         assert core.idle
 
     asyncio.run(main())
+
+
+def test_the_builders_threads_are_released(monkeypatch):
+    released = []
+    monkeypatch.setattr("dspark.engine.engine.release_team", lambda: released.append(threading.current_thread()))
+    Engine(engine()).close()
+    assert released == [threading.current_thread()]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dspark.common.sampling_params import SamplingParams
+from dspark.common.threads import release_team
 from dspark.drafters.base import Drafter
 from dspark.engine.build import build_engine
 from dspark.engine.llm import Result
@@ -59,6 +60,7 @@ class Engine:
         self._closing = False
         self._step_started: float | None = None
         self.failed_steps = 0
+        release_team()  # of the thread that built the core
         self._thread = threading.Thread(target=self._run, name="dspark-engine", daemon=True)
         self._thread.start()
 
