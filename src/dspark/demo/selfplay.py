@@ -43,7 +43,7 @@ class Prompts:
 
 
 def temperature(rng: np.random.Generator) -> float:
-    """0 a third of the time, else between 0.7 and 1: what people ask for, and greedy text loops, which teaches little."""
+    """0 a third of the time, else 0.7 to 1: people ask for both, and greedy text loops, which teaches little."""
     return 0.0 if rng.random() < 1 / 3 else float(0.7 + 0.3 * rng.random())
 
 

@@ -14,7 +14,7 @@ def law(weight: list[float]) -> torch.Tensor:
     return w / w.sum()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(weights, weights)
 def test_accepted_and_corrected_mass_is_the_target_law(p_weight, q_weight):
     p, q = law(p_weight), law(q_weight)
@@ -25,7 +25,7 @@ def test_accepted_and_corrected_mass_is_the_target_law(p_weight, q_weight):
     assert torch.allclose(accepted.sum(), 1 - 0.5 * (p - q).abs().sum(), atol=1e-14)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(weights, weights, st.floats(1e-9, 1 - 1e-9))
 def test_accepts_compares_with_the_accept_probability(p_weight, q_weight, u):
     p, q = law(p_weight), law(q_weight)

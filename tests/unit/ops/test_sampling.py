@@ -132,7 +132,7 @@ laws = st.lists(st.sampled_from([0.0, 0.0, 1e-45, 1e-30, 1e-8, 0.1, 0.3, 1.0]), 
 uniforms = st.one_of(st.sampled_from([2.0**-53, 0.5, 1 - 2.0**-53, 1.0]), st.floats(1e-16, 1.0))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(laws, uniforms, st.sampled_from([torch.float32, torch.float64]))
 def test_draw_never_draws_probability_zero(law, u, dtype):
     p = torch.tensor([law], dtype=dtype)
@@ -141,7 +141,7 @@ def test_draw_never_draws_probability_zero(law, u, dtype):
 
 
 @given(st.integers(2, 40), st.integers(0, 2**31))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_draw_is_the_inverse_of_the_cumulative_law(width, seed):
     generator = torch.Generator().manual_seed(seed)
     p = torch.rand(1, width, generator=generator).softmax(-1)

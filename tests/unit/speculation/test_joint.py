@@ -99,7 +99,7 @@ def test_priority_gets_rows_first():
     assert plans[:, 0].mean() > plans[:, 1:].mean() + 0.5
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.lists(st.floats(0.05, 1.0), min_size=4, max_size=4),
     st.lists(st.floats(0.0, 0.6), min_size=5, max_size=5),

@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark.common.errors import UserError
@@ -48,7 +48,6 @@ stairs = st.lists(st.sampled_from([0.0, 0.0, 0.05, 0.1, 0.4, 0.9]), min_size=12,
 )
 
 
-@settings(deadline=None)
 @given(confidences, stairs, st.data())
 def test_greedy_is_algorithm_1(confidence, cost, data):
     a_RK = np.cumprod(confidence, axis=1)
@@ -56,7 +55,6 @@ def test_greedy_is_algorithm_1(confidence, cost, data):
     assert Greedy(Prices(cost)).plan(Round(limit_R), a_RK) == printed(a_RK, limit_R, cost)
 
 
-@settings(deadline=None)
 @given(confidences, stairs, st.data())
 def test_lagged_spends_an_old_budget_best(confidence, cost, data):
     planner, old, new = (
@@ -76,7 +74,6 @@ def test_lagged_spends_an_old_budget_best(confidence, cost, data):
     assert worth[tuple(plan)] == pytest.approx(max(same))
 
 
-@settings(deadline=None)
 @given(st.lists(levels, min_size=1, max_size=3), stairs, st.data())
 def test_lookahead_finds_the_best_plan_where_its_expectations_hold(first, cost, data):
     """Confidences past the first slot equal the running means: then no plan of all is better, cliffs or not."""
@@ -89,7 +86,6 @@ def test_lookahead_finds_the_best_plan_where_its_expectations_hold(first, cost, 
     assert throughput(a_RK, plan, cost) == pytest.approx(best, rel=1e-9)
 
 
-@settings(deadline=None)
 @given(st.sampled_from(PRICED), confidences, stairs, st.data())
 def test_every_plan_fits_and_no_slot_past_a_decision_moves_it(name, confidence, cost, data):
     """What lies behind the first slot that is not verified may be anything: the plan stays what it was."""
@@ -106,7 +102,6 @@ def test_every_plan_fits_and_no_slot_past_a_decision_moves_it(name, confidence, 
     assert parse_planner(name, cost).plan(Round(limit_R), other) == plan
 
 
-@settings(deadline=None)
 @given(confidences, stairs, st.integers(0, 2), levels)
 def test_more_survival_is_never_verified_less(confidence, cost, at, raised):
     """Under greedy, a higher confidence of the first request never shortens its own plan."""

@@ -30,7 +30,7 @@ def make_noise(requests: int, slots: int, counter: int, coupled: list[bool] | No
     return RoundNoise.of(range(requests), [counter] * requests, [counter] * requests, coupled, slots=slots)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.integers(0, 10**6), st.data())
 def test_a_batch_is_its_requests_one_by_one(plan, seed, data):
     generator = torch.Generator().manual_seed(seed)

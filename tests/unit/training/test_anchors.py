@@ -17,7 +17,7 @@ def batch_of(mask_BS, token_BS=None, start_BS=None):
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=4), st.integers(1, 12))
 def test_every_kept_anchor_is_eligible_and_none_twice(rows, count):
     anchor_BA, keep_BA = sample_anchors(batch_of(rows), count, 0)
