@@ -106,6 +106,12 @@ def test_unknown_directories(refused, tiny_pair, tmp_path):
     assert str(nowhere) in refused("demo", "--target", nowhere, "--drafter", nowhere)
 
 
+@pytest.mark.parametrize("command", [("demo",), ("bench", "decode"), ("bench", "load"), ("evaluate",)])
+def test_another_target_does_not_get_the_embedded_drafter(refused, tiny_pair, command):
+    line = refused(*command, "--target", tiny_pair.target)
+    assert str(tiny_pair.target) in line and "--drafter" in line and "none inside" in line
+
+
 @pytest.mark.parametrize("part", ["target", "drafter"])
 def test_truncated_weights(refused, tiny_pair, damaged, part):
     directory = damaged(part)

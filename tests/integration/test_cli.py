@@ -48,6 +48,11 @@ def test_demo_of_a_file(run, tiny_pair, tmp_path):
     assert re.fullmatch(LAST_LINE, out.splitlines()[-1])
 
 
+def test_generate_without_a_target_takes_the_embedded_pair(run):
+    out, err = run("generate", "--prompt", "def add(a, b):", "--max-tokens", 12, "--temperature", 0)
+    assert out.strip() and "12 tokens in" in err and "drafts accepted" in err
+
+
 def test_generate_writes_the_same_text_with_any_drafter(run, tiny_pair, tmp_path):
     texts = set()
     for drafter in ("none", "ngram", tiny_pair.drafter):

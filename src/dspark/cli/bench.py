@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dspark.cli import bench_serve
-from dspark.cli.inputs import check_output, numbers, span
+from dspark.cli.inputs import Device, Dtype, Planner, check_output, numbers, span, the_pair
 
 POLICIES = "none,fixed:1,fixed:2,fixed:3,fixed:5,fixed:7,threshold:0.5,greedy,lagged,lookahead,joint"
 USERS = "1,2,4,8,16,32,64"
@@ -23,8 +23,8 @@ def bench() -> None:
 
 @app.command()
 def decode(
-    target: Annotated[str | None, typer.Option(help="Directory or hub id; default: the demo's.")] = None,
-    drafter: Annotated[str | None, typer.Option(help="Directory, hub id, ngram; default: the demo's.")] = None,
+    target: Annotated[str | None, typer.Option(help="Directory or hub id; default: the embedded one.")] = None,
+    drafter: Annotated[str | None, typer.Option(help="Directory, hub id or ngram; default: the pair's.")] = None,
     prompts: Annotated[Path | None, typer.Option(help='JSON Lines of {"turns": [...]} or {"prompt": ...}.')] = None,
     limit: Annotated[int, typer.Option(min=1, help="Use the first N prompts.")] = 8,
     max_tokens: Annotated[int, typer.Option(help="Tokens to write for each; end-of-text is ignored.")] = 128,
@@ -32,29 +32,27 @@ def decode(
     seed: Annotated[int | None, typer.Option(help="Gives the coupled rule; default: the rejection rule.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; medians are reported.")] = 3,
-    planner: Annotated[
-        str, typer.Option(help="auto, none, full, fixed:N, threshold:C, greedy, lagged, lookahead or joint.")
-    ] = "full",
+    planner: Planner = "full",
     assistant: Annotated[str | None, typer.Option(help="A small model for transformers' assisted generation.")] = None,
     library: Annotated[bool, typer.Option(help="Also measure transformers generate.")] = True,
     compile: Annotated[bool, typer.Option(help="Compile the engine's forward first, once per machine.")] = True,
-    dtype: Annotated[str, typer.Option()] = "auto",
-    device: Annotated[str, typer.Option()] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     json: Annotated[Path | None, typer.Option(help="Write everything measured here.")] = None,
 ) -> None:
     """Compare decoding speeds, every way in turn, medians of several rounds."""
     check_output(json)
 
     from dspark.common.log import quiet_libraries
-    from dspark.demo.pair import demo_drafter_path, demo_target_path
     from dspark.demo.prompts import PROMPTS
     from dspark.evaluation.decode_report import DecodeSettings, compare_decoding
     from dspark.evaluation.prompts import read_prompts
 
     quiet_libraries()
+    source, drafts = the_pair(target, drafter)
     settings = DecodeSettings(
-        target=target or str(demo_target_path()),
-        drafter=drafter or str(demo_drafter_path()),
+        target=source,
+        drafter=drafts,
         planner=planner,
         max_tokens=max_tokens,
         temperature=temperature,
@@ -72,8 +70,8 @@ def decode(
 
 @app.command()
 def load(
-    target: Annotated[str | None, typer.Option(help="Directory or hub id; default: the demo's.")] = None,
-    drafter: Annotated[str | None, typer.Option(help="Directory, hub id, ngram; default: the demo's.")] = None,
+    target: Annotated[str | None, typer.Option(help="Directory or hub id; default: the embedded one.")] = None,
+    drafter: Annotated[str | None, typer.Option(help="Directory, hub id or ngram; default: the pair's.")] = None,
     policies: Annotated[str, typer.Option(help="Planners to compare, with commas.")] = POLICIES,
     users: Annotated[
         str, typer.Option(help="Closed loops: users at the same time, with commas; empty for none.")
@@ -93,8 +91,8 @@ def load(
     seed: Annotated[int, typer.Option(help="Of the requests and the arrivals.")] = 0,
     profile: Annotated[Path | None, typer.Option(help="From dspark profile; default: kept or measured.")] = None,
     compile: Annotated[bool, typer.Option(help="Compile the engine's forward first, once per machine.")] = True,
-    dtype: Annotated[str, typer.Option()] = "auto",
-    device: Annotated[str, typer.Option()] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     join: Annotated[list[Path] | None, typer.Option(help="An earlier load.json whose rows belong to these.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write rounds for `dspark simulate` here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write load.json and figures into this directory.")] = None,
@@ -107,7 +105,7 @@ def load(
     from dspark.common.log import quiet_libraries
     from dspark.demo.corpus import held_out_texts
     from dspark.demo.domains import listing
-    from dspark.demo.pair import demo_drafter_path, demo_target_path
+    from dspark.demo.pair import demo_target_path
     from dspark.demo.prompts import PROMPTS
     from dspark.evaluation.load_report import LoadSettings, run_load
     from dspark.evaluation.prompts import read_prompts
@@ -117,9 +115,10 @@ def load(
     quiet_libraries()
     for name in names:
         check_planner(name)
+    source, drafts = the_pair(target, drafter)
     settings = LoadSettings(
-        target=target or str(demo_target_path()),
-        drafter=drafter or str(demo_drafter_path()),
+        target=source,
+        drafter=drafts,
         policies=names,
         users=[int(count) for count in counts],
         rates=speeds,

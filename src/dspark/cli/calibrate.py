@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
-from dspark.cli.inputs import check_output
+from dspark.cli.inputs import Device, Dtype, check_output, the_pair
 from dspark.common.errors import UserError
 from dspark.common.plots import check_matplotlib
 
 
 def calibrate(
-    target: Annotated[str | None, typer.Argument(help="A causal LM: directory or hub id; default: the demo's.")] = None,
-    drafter: Annotated[str | None, typer.Option(help="Directory or hub id; default: the demo's.")] = None,
+    target: Annotated[
+        str | None, typer.Argument(help="A causal LM: directory or hub id; default: the embedded one.")
+    ] = None,
+    drafter: Annotated[str | None, typer.Option(help="Directory or hub id; default: the pair's.")] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help='JSON Lines of {"prompt": ...} or {"turns": ...}; default: the demo\'s held-out files.'),
@@ -28,8 +30,8 @@ def calibrate(
     output: Annotated[Path | None, typer.Option(help="Default: calibration.json in the drafter's directory.")] = None,
     diagram: Annotated[Path | None, typer.Option(help="Also draw reliability diagrams into this PNG.")] = None,
     compile: Annotated[bool, typer.Option(help="Compile the forwards first, once per machine.")] = True,
-    dtype: Annotated[str, typer.Option()] = "auto",
-    device: Annotated[str, typer.Option()] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> None:
     """Fit the calibration of a drafter, show how true its confidences are, and keep it beside the drafter."""
     for path in (output, diagram):
@@ -41,7 +43,7 @@ def calibrate(
     from rich.progress import Progress
 
     from dspark.common.log import quiet_libraries, seconds_of
-    from dspark.demo.pair import demo_drafter_path, demo_target_path
+    from dspark.demo.pair import demo_target_path
     from dspark.drafters.registry import load_drafter
     from dspark.engine.build import build_engine
     from dspark.evaluation.calibrate import calibrate as fitted
@@ -60,9 +62,9 @@ def calibrate(
     quiet_libraries()
     console = Console(highlight=False)
     directory = demo_target_path()
-    model = Target.load(target or directory, dtype=dtype, device=device)
-    beside = Path(target, "drafter") if target is not None else demo_drafter_path()
-    proposer = load_drafter(drafter or beside, model)
+    source, drafts = the_pair(target, drafter)
+    model = Target.load(source, dtype=dtype, device=device)
+    proposer = load_drafter(drafts, model)
     if not proposer.block_size:
         raise UserError(f"drafter {drafter} drafts nothing, so there is nothing to calibrate; pass another")
     if output is None:
@@ -86,8 +88,8 @@ def calibrate(
             max_tokens=max_tokens,
             tick=lambda done: progress.update(task, completed=done),
         )
-    source = {"prompts": prompts.name if prompts is not None else "held-out code of the demo", "count": len(texts)}
-    made = fitted(core, rounds, source | {"max_tokens": max_tokens, "temperature": temperature})
+    made_from = {"prompts": prompts.name if prompts is not None else "held-out code of the demo", "count": len(texts)}
+    made = fitted(core, rounds, made_from | {"max_tokens": max_tokens, "temperature": temperature})
     for name, one in made.fits.items():
         console.print(table(name, one))
     made.save(output)

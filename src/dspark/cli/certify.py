@@ -7,21 +7,24 @@ from typing import Annotated, Literal
 
 import typer
 
+from dspark.cli.inputs import Device, Dtype, Planner, the_pair
 from dspark.common.errors import UserError
 
 
 def certify(
-    target: Annotated[str | None, typer.Argument(help="A causal LM: directory or hub id; default: the demo's.")] = None,
+    target: Annotated[
+        str | None, typer.Argument(help="A causal LM: directory or hub id; default: the embedded one.")
+    ] = None,
     drafter: Annotated[str, typer.Option(help="Directory, hub id or ngram; auto: the one inside TARGET.")] = "auto",
-    planner: Annotated[str, typer.Option(help="As for generate.")] = "auto",
+    planner: Planner = "auto",
     prompts: Annotated[Path | None, typer.Option(help='JSON Lines of {"prompt": ...}; default: the demo\'s.')] = None,
     limit: Annotated[int, typer.Option(min=1, help="Use the first N prompts.")] = 2,
     samples: Annotated[int, typer.Option(min=100, help="Texts of each kind for each prompt.")] = 2000,
     temperature: Annotated[float, typer.Option(help="A lower one makes fewer outcomes common.")] = 0.7,
     top_k: Annotated[int, typer.Option(help="0 keeps every token.")] = 8,
     coupled: Annotated[bool, typer.Option(help="Check the coupled rule instead of the rejection rule.")] = False,
-    dtype: Annotated[str, typer.Option()] = "auto",
-    device: Annotated[str, typer.Option()] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> None:
     """Compare texts written with and without the drafter; exit code 1 when they can be told apart."""
     from rich.console import Console
@@ -29,7 +32,6 @@ def certify(
 
     from dspark.common.log import quiet_libraries, seconds_of
     from dspark.common.sampling_params import SamplingParams
-    from dspark.demo.pair import demo_drafter_path, demo_target_path
     from dspark.demo.prompts import PROMPTS
     from dspark.engine.build import build_engine
     from dspark.evaluation.certify import SHOWN
@@ -42,11 +44,11 @@ def certify(
     quiet_libraries()
     console = Console(highlight=False)
     texts = read_prompts(prompts, limit) if prompts is not None else list(PROMPTS[:limit])
-    model = Target.load(target or demo_target_path(), dtype=dtype, device=device)
-    chosen = drafter if target is not None or drafter != "auto" else str(demo_drafter_path())
+    source, drafts = the_pair(target, drafter)
+    model = Target.load(source, dtype=dtype, device=device)
     engines = [
         build_engine(model, one, plan, max_step_tokens=512, seed=seed)
-        for seed, (one, plan) in enumerate([(chosen, planner), (None, "none")])
+        for seed, (one, plan) in enumerate([(drafts, planner), (None, "none")])
     ]
     if not engines[0].drafter.block_size:
         raise UserError(f"drafter {drafter} drafts nothing, so there is nothing to certify; pass another")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dspark.cli.inputs import check_output, prompt_text
+from dspark.cli.inputs import Planner, check_output, prompt_text, the_pair
 
 
 def demo(
@@ -17,9 +17,7 @@ def demo(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Tokens to write for each prompt.")] = 96,
     seed: Annotated[int, typer.Option(help="The text's noise at a temperature above 0.")] = 0,
-    planner: Annotated[
-        str, typer.Option(help="auto, none, full, fixed:N, threshold:C, greedy, lagged, lookahead or joint.")
-    ] = "full",
+    planner: Planner = "full",
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each prompt; medians are reported.")] = 3,
     compile: Annotated[bool, typer.Option(help="Compile the target's forward, once per machine.")] = True,
     target: Annotated[str | None, typer.Option(help="Another target: directory or hub id.")] = None,
@@ -34,14 +32,14 @@ def demo(
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
 
     from dspark.common.log import quiet_libraries
-    from dspark.demo.pair import demo_drafter_path, demo_target_path
     from dspark.demo.prompts import PROMPTS
     from dspark.demo.show import show
 
     quiet_libraries()
+    source, drafts = the_pair(target, drafter)
     show(
-        target=target or str(demo_target_path()),
-        drafter=drafter or str(demo_drafter_path()),
+        target=source,
+        drafter=drafts,
         planner=planner,
         prompts=[text] if text is not None else PROMPTS,
         params=params,

@@ -7,15 +7,16 @@ from typing import Annotated
 
 import typer
 
+from dspark.cli.inputs import Device, Dtype, the_pair
 from dspark.common.errors import UserError
 
 
 def evaluate(
     drafter: Annotated[
         list[str] | None,
-        typer.Argument(help="Directories, hub ids or ngram, as LABEL=SOURCE if need be; default: the demo's."),
+        typer.Argument(help="Directories, hub ids or ngram, as LABEL=SOURCE if need be; default: the pair's."),
     ] = None,
-    target: Annotated[str | None, typer.Option(help="Directory or hub id; default: the demo's.")] = None,
+    target: Annotated[str | None, typer.Option(help="Directory or hub id; default: the embedded one.")] = None,
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -39,24 +40,24 @@ def evaluate(
     thinking: Annotated[bool, typer.Option(help="Let chat templates that can ask for thinking.")] = False,
     figures: Annotated[bool, typer.Option(help="Draw figures into --out.")] = True,
     compile: Annotated[bool, typer.Option(help="Compile the engine's forward first, once per machine.")] = True,
-    dtype: Annotated[str, typer.Option()] = "auto",
-    device: Annotated[str, typer.Option()] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> None:
     """Compare drafters on benchmark sets, in one table."""
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; pass a directory")
 
     from dspark.common.log import quiet_libraries
-    from dspark.demo.pair import demo_drafter_path, demo_target_path
     from dspark.demo.prompts import PROMPTS
     from dspark.evaluation.run import run_evaluation
     from dspark.evaluation.suite import EvaluationSettings
     from dspark.evaluation.tasks import Conversations, load_task
 
     quiet_libraries()
+    source, drafts = the_pair(target, drafter[0] if drafter else None)
     settings = EvaluationSettings(
-        target=target or str(demo_target_path()),
-        drafters=tuple(drafter or [f"demo={demo_drafter_path()}"]),
+        target=source,
+        drafters=tuple(drafter or [f"{'demo' if target is None else 'drafter'}={drafts}"]),
         planner=planner,
         gammas=tuple(gamma or ()),
         max_tokens=max_tokens,

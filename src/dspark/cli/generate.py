@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dspark.cli.inputs import check_output, prompt_text
+from dspark.cli.inputs import Device, Dtype, Planner, check_output, prompt_text, the_pair
 from dspark.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def generate(
-    target: Annotated[str, typer.Argument(help="A causal LM: directory or hub id.")],
+    target: Annotated[
+        str | None, typer.Argument(help="A causal LM: directory or hub id; default: the embedded one.")
+    ] = None,
     drafter: Annotated[
         str, typer.Option(help="Directory, hub id, ngram or none; auto: the one inside TARGET.")
     ] = "auto",
@@ -26,20 +28,18 @@ def generate(
     file: Annotated[Path | None, typer.Option(help="Continue this UTF-8 file; - is standard input.")] = None,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write the text here instead of standard output.")] = None,
-    max_tokens: Annotated[int, typer.Option()] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to write, at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="0 keeps every token.")] = 0,
-    top_p: Annotated[float, typer.Option()] = 1.0,
-    min_p: Annotated[float, typer.Option()] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this share.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text, whatever the drafter.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
-    planner: Annotated[
-        str, typer.Option(help="auto, none, full, fixed:N, threshold:C, greedy, lagged, lookahead or joint.")
-    ] = "full",
+    planner: Planner = "full",
     max_draft: Annotated[int | None, typer.Option(help="Draft at most this many tokens a round.")] = None,
     compile: Annotated[bool, typer.Option(help="Compile the target's forward first, once per machine.")] = False,
-    dtype: Annotated[str, typer.Option()] = "auto",
-    device: Annotated[str, typer.Option()] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> None:
     """Continue a prompt, and say on standard error what speculation gained."""
     check_output(output)
@@ -67,7 +67,8 @@ def generate(
     from dspark.engine.llm import LLM
 
     quiet_libraries()
-    llm = LLM(target, drafter, planner, dtype=dtype, device=device, max_running=1, compile=compile, max_draft=max_draft)
+    source, drafts = the_pair(target, drafter, needed=False)
+    llm = LLM(source, drafts, planner, dtype=dtype, device=device, max_running=1, compile=compile, max_draft=max_draft)
     with seconds_of(Console(stderr=True), "compiling the forwards, once for this machine") as tick:
         llm.core.wait_compiled(tick)
     freeze_startup()

@@ -15,6 +15,32 @@ Template = Annotated[
     typer.Option("--template", help="KEY=VALUE for the chat template, as in enable_thinking=false; may be repeated."),
 ]
 
+Planner = Annotated[
+    str, typer.Option(help="auto, none, full, fixed:N, threshold:C, greedy, lagged, lookahead or joint.")
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: as the target was saved.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto: cuda where there is one.")]
+
+
+def the_pair(target: str | None, drafter: str | None, *, needed: bool = True) -> tuple[str, str]:
+    """Target and drafter: the embedded ones where no target is named, else the drafter inside the target, "auto".
+
+    With `needed`, raises UserError where "auto" would find no drafter.
+    """
+    from dspark.demo.pair import demo_drafter_path, demo_target_path
+
+    named = None if drafter == "auto" else drafter
+    if target is None:
+        return str(demo_target_path()), named or str(demo_drafter_path())
+    if named or not needed:
+        return target, named or "auto"
+    inside = Path(target, "drafter")
+    if not (inside / "config.json").is_file():
+        raise UserError(
+            f"no drafter is named and {target} has none inside; pass --drafter DIRECTORY, a hub id or ngram"
+        )
+    return target, str(inside)
+
 
 def prompt_text(prompt: str | None, file: Path | None) -> str | None:
     """The prompt from --prompt or --file; None if neither was given. Raises UserError for an empty one."""

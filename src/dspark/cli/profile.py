@@ -7,23 +7,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dspark.cli.inputs import check_output
+from dspark.cli.inputs import Device, Dtype, check_output, the_pair
 
 if TYPE_CHECKING:
     from dspark.engine.profile import Profile
 
 
 def profile(
-    target: Annotated[str | None, typer.Argument(help="A causal LM: directory or hub id; default: the demo's.")] = None,
-    drafter: Annotated[str | None, typer.Option(help="Directory, hub id, ngram; default: the demo's.")] = None,
+    target: Annotated[
+        str | None, typer.Argument(help="A causal LM: directory or hub id; default: the embedded one.")
+    ] = None,
+    drafter: Annotated[str | None, typer.Option(help="Directory, hub id, ngram or none; default: the pair's.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the profile here, as `simulate` reads it.")] = None,
     sps: Annotated[Path | None, typer.Option(help="Write SGLang's table of steps per second.")] = None,
     seconds: Annotated[float, typer.Option(min=0.5, help="Spend about this long on measuring.")] = 10.0,
     max_draft: Annotated[int | None, typer.Option(help="Draft at most this many tokens a round.")] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Requests at the same time, at most.")] = 64,
     compile: Annotated[bool, typer.Option(help="Compile the forwards first, once per machine.")] = True,
-    dtype: Annotated[str, typer.Option()] = "auto",
-    device: Annotated[str, typer.Option()] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> None:
     """Measure the cost of a step by rows, requests, context, prefill and draft; keep it for the next start."""
     check_output(output)
@@ -33,16 +35,15 @@ def profile(
 
     from dspark.common.collector import freeze_startup
     from dspark.common.log import quiet_libraries, seconds_of
-    from dspark.demo.pair import demo_drafter_path, demo_target_path
     from dspark.engine.build import build_engine
     from dspark.engine.profile import keep, measure
 
     quiet_libraries()
     console = Console(highlight=False)
-    drafter = drafter or (str(demo_drafter_path()) if target is None else "auto")
+    source, drafts = the_pair(target, drafter, needed=False)
     core = build_engine(
-        target or demo_target_path(),
-        None if drafter == "none" else drafter,
+        source,
+        drafts,
         "none",
         dtype=dtype,
         device=device,

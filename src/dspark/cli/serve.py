@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dspark.cli.inputs import Device, Dtype, Planner, the_pair
 from dspark.common.errors import UserError
 from dspark.common.extras import require
 
@@ -21,11 +22,11 @@ LEVELS = ("critical", "error", "warning", "info", "debug")
 
 
 def serve(
-    target: Annotated[str | None, typer.Argument(help="A causal LM: directory or hub id; default: the demo's.")] = None,
-    drafter: Annotated[
-        str | None, typer.Option(help="Directory, hub id, ngram or none; default: the demo's, or the one in TARGET.")
+    target: Annotated[
+        str | None, typer.Argument(help="A causal LM: directory or hub id; default: the embedded one.")
     ] = None,
-    planner: Annotated[str, typer.Option(help="full, fixed:N, threshold:C, or greedy and others by cost.")] = "full",
+    drafter: Annotated[str | None, typer.Option(help="Directory, hub id, ngram or none; default: the pair's.")] = None,
+    planner: Planner = "full",
     host: Annotated[str, typer.Option(help="0.0.0.0 is every interface.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name for clients; default: TARGET's last part.")] = None,
@@ -38,14 +39,14 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; more get 429.")] = 256,
     max_running: Annotated[int, typer.Option(min=1, help="Texts generated at the same time.")] = 64,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the model's context.")] = None,
-    max_body_bytes: Annotated[int, typer.Option(min=1)] = 2 << 20,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request; larger ones get 413.")] = 2 << 20,
     max_draft: Annotated[int | None, typer.Option(help="Draft at most this many tokens a round.")] = None,
     pages: Annotated[int | None, typer.Option(help="Pages of 16 tokens; default: as memory reaches.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Costs for the planner, as `dspark profile` writes.")] = None,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that running requests get after SIGTERM.")] = 30,
     compile: Annotated[bool, typer.Option(help="Compile the forwards, in the background.")] = True,
-    dtype: Annotated[str, typer.Option()] = "auto",
-    device: Annotated[str, typer.Option()] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "warning",
 ) -> None:
     """Serve a target and its drafter to OpenAI clients; without arguments, the embedded pair."""
@@ -71,14 +72,13 @@ def serve(
 
     from dspark.common.collector import freeze_startup
     from dspark.common.log import quiet_libraries
-    from dspark.demo.pair import demo_drafter_path, demo_target_path
     from dspark.engine.build import build_engine
 
     quiet_libraries()
-    chosen = drafter or (str(demo_drafter_path()) if target is None else "auto")
+    source, drafts = the_pair(target, drafter, needed=False)
     core = build_engine(
-        target or demo_target_path(),
-        None if chosen == "none" else chosen,
+        source,
+        drafts,
         planner,
         device=device,
         dtype=dtype,

@@ -27,8 +27,10 @@ def train(
     ] = False,
     samples: Annotated[int, typer.Option(help="With --dry-run: sequences of data that is not there yet.")] = 1_300_000,
 ) -> None:
-    """Train a drafter; the same command continues a run that was stopped. `torchrun … $(which dspark) train …` takes
-    several ranks."""
+    """Train a drafter; the same command continues a run that was stopped.
+
+    On several devices or machines start it with torchrun: `torchrun --nproc-per-node 8 $(which dspark) train ...`.
+    """
     from dspark.common.log import quiet_libraries
     from dspark.training.config import load_config
     from dspark.training.loop import train as run
