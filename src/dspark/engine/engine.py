@@ -27,6 +27,7 @@ from dspark.engine.step import EngineCore
 from dspark.models.target import Target
 
 Prompt = str | Sequence[int]
+SHORT = 2048  # characters, or tokens, that are looked at on the event loop
 Answer = TypeVar("Answer")
 
 
@@ -84,7 +85,7 @@ class Engine:
         a step with one of them failed.
         """
         stream = _Stream(asyncio.get_running_loop())
-        tokens = await asyncio.to_thread(lambda: [self.core.intake.tokenize(prompt) for prompt, _ in asked])
+        tokens = [await self._tokens(prompt) for prompt, _ in asked]
         jobs = [(own, params) for own, (_, params) in zip(tokens, asked, strict=True)]
         self._command(lambda: self._add(stream, jobs))
         left = len(jobs)
@@ -98,6 +99,12 @@ class Engine:
         finally:
             with contextlib.suppress(EngineStopped):  # it has let go of everything already
                 self._command(lambda: self._remove(stream))
+
+    async def _tokens(self, prompt: Prompt) -> list[int]:
+        """A prompt's tokens, by another thread if they may take long: handing over costs as much as a page of text."""
+        if len(prompt) <= SHORT:
+            return self.core.intake.tokenize(prompt)
+        return await asyncio.to_thread(self.core.intake.tokenize, prompt)
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Result:
         """The whole text of one prompt."""

@@ -7,11 +7,13 @@ finish reasons and draft positions.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from time import perf_counter
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
 from dspark.engine.request import Commit, RequestStatistics
 from dspark.server.engine_metrics import EngineState, engine_families
@@ -20,6 +22,26 @@ FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 LAG = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0)
 SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 LAG_EVERY = 0.05  # s
+
+
+class Tally:
+    """A histogram that takes many equal samples at once, for what happens with every commit; one thread observes."""
+
+    def __init__(self, bounds: Sequence[float]):
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, whole: float, *, shares: int) -> None:
+        """`shares` samples that add up to `whole`."""
+        if shares:
+            self.counts[bisect_left(self.bounds, whole / shares)] += shares
+            self.sum += whole
+
+    def family(self, name: str, text: str) -> HistogramMetricFamily:
+        """As Prometheus reads it: a bucket counts all samples up to its bound."""
+        bounds = [*map(str, self.bounds), "+Inf"]
+        return HistogramMetricFamily(name, text, list(zip(bounds, accumulate(self.counts), strict=True)), self.sum)
 
 
 class Metrics:
@@ -39,19 +61,14 @@ class Metrics:
         self._cancelled = Counter("dspark_requests_cancelled", "Requests whose client went away.", registry=registry)
         self._refused = Counter("dspark_requests_refused", "Requests answered 429.", registry=registry)
         self._prompt = Counter("dspark_prompt_tokens", "Prompt tokens of requests that began.", registry=registry)
-        self._generated = Counter("dspark_generation_tokens", "Tokens generated.", registry=registry)
+        self.generated = 0  # tokens
         self._queries = Counter("dspark_prefix_cache_queries", "Prompt tokens looked up.", registry=registry)
         self._hits = Counter("dspark_prefix_cache_hits", "Prompt tokens found in the prefix cache.", registry=registry)
         self._preemptions = Counter("dspark_num_preemptions", "Times a text gave its pages back.", registry=registry)
         self._first = Histogram(
             "dspark_time_to_first_token_seconds", "Arrival to first token.", buckets=SLOW, registry=registry
         )
-        self._between = Histogram(
-            "dspark_inter_token_latency_seconds",
-            "Time since the commit before, shared among a commit's tokens; one observation a token.",
-            buckets=FAST,
-            registry=registry,
-        )
+        self.between = Tally(FAST)
         self._whole = Histogram(
             "dspark_e2e_request_latency_seconds", "Arrival to last token.", buckets=SLOW, registry=registry
         )
@@ -83,7 +100,10 @@ class Metrics:
         return TextWatch(self)
 
     def collect(self) -> Iterator[Metric]:
-        """The engine's state as it was last read."""
+        """What is counted with every commit, and the engine's state as it was last read."""
+        yield CounterMetricFamily("dspark_generation_tokens", "Tokens generated.", self.generated)
+        text = "Time since the commit before, shared among a commit's tokens; one observation a token."
+        yield self.between.family("dspark_inter_token_latency_seconds", text)
         if self.state is not None:
             yield from engine_families(self.state, failed_steps=self.failed_steps, step_age=self.step_age)
 
@@ -104,14 +124,12 @@ class TextWatch:
         """A commit that reached the server."""
         metrics, now = self._metrics, perf_counter()
         tokens = len(commit.token_ids)
-        metrics._generated.inc(tokens)
+        metrics.generated += tokens
         if self._last is None:
             metrics._first.observe(now - self._arrived)
             self._started(commit.statistics)
         else:
-            each = (now - self._last) / max(tokens, 1)
-            for _ in range(tokens):
-                metrics._between.observe(each)
+            metrics.between.observe(now - self._last, shares=tokens)
         self._last = now
         if commit.finish_reason:
             metrics._finished.labels(commit.finish_reason).inc()

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from dspark.common.chat import render_chat
 from dspark.common.errors import UserError
 from dspark.common.sampling_params import SamplingParams
-from dspark.engine.engine import Engine, EngineStopped, StepFailed
+from dspark.engine.engine import SHORT, Engine, EngineStopped, StepFailed
 from dspark.server.answers import Decode, Piece, Usage
 from dspark.server.engine_metrics import EngineState
 from dspark.server.errors import LOG, ApiError
@@ -73,6 +73,8 @@ class Service:
 
     async def tokens(self, prompt: str | Sequence[int]) -> list[int]:
         """A prompt's tokens. Raises ApiError 400 for one too long."""
+        if len(prompt) <= SHORT:
+            return self._fitting(self._tokenize(prompt))
         return self._fitting(await asyncio.to_thread(self._tokenize, prompt))
 
     async def chat_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:

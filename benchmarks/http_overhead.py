@@ -1,0 +1,193 @@
+"""What HTTP and streaming cost: the same requests through `dspark serve`, through `Engine`, and by stepping the core.
+
+Two processes with an engine each take turns, so that whatever else the machine does meets all: the server, and this
+one, which drives its own engine directly or is the client. The client only notes which bytes came until the load is
+over, but it runs on the cores that the server computes on: what it takes is in the server's number, and said beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from urllib.request import urlopen
+
+from dspark.common.collector import freeze_startup
+from dspark.common.sampling_params import SamplingParams
+from dspark.demo.corpus import held_out_texts
+from dspark.demo.domains import listing
+from dspark.demo.pair import demo_drafter_path, demo_target_path
+from dspark.engine.build import build_engine
+from dspark.engine.engine import Engine
+from dspark.engine.step import EngineCore
+
+Job = tuple[str, int]  # a prompt, and how many tokens to write
+LAG = 0.02  # s
+
+
+def jobs_of(count: int) -> list[Job]:
+    """Beginnings of held-out files, with lengths that leave the batch one by one, 128 tokens on average."""
+    texts = [text[:250] for _, text in held_out_texts(listing(demo_target_path()))]
+    return [(texts[number % len(texts)], 96 + 13 * number % 64) for number in range(count)]
+
+
+def params_of(tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+
+
+def direct(core: EngineCore, jobs: list[Job], users: int) -> float:
+    """Seconds to step the core through all jobs, `users` at a time."""
+    began, left, inside = time.perf_counter(), iter(jobs), 0
+    while True:
+        while inside < users and (job := next(left, None)) is not None:
+            core.add(job[0], params_of(job[1]))
+            inside += 1
+        if not inside:
+            return time.perf_counter() - began
+        inside -= sum(commit.finish_reason is not None for commit in core.step())
+
+
+async def threaded(engine: Engine, jobs: list[Job], users: int) -> float:
+    """The same through the asynchronous engine, in one process with its consumers."""
+    began, left = time.perf_counter(), iter(jobs)
+
+    async def user() -> None:
+        for prompt, tokens in left:
+            async for _ in engine.stream(prompt, params_of(tokens)):
+                pass
+
+    await asyncio.gather(*(user() for _ in range(users)))
+    return time.perf_counter() - began
+
+
+class User(asyncio.Protocol):
+    """One connection that asks again as soon as it has its answer."""
+
+    def __init__(self, left: Iterator[bytes], done: list[bytes], ended: asyncio.Future[None]):
+        self.left, self.done, self.ended = left, done, ended
+        self.parts: list[bytes] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.ask()
+
+    def ask(self) -> None:
+        request = next(self.left, None)
+        if request is None:
+            self.transport.close()
+        else:
+            self.transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        self.parts.append(data)
+        if data.endswith(b"0\r\n\r\n"):  # the end of a chunked body
+            self.done.append(b"".join(self.parts))
+            self.parts = []
+            self.ask()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.ended.set_result(None)
+
+
+async def served(host: str, port: int, jobs: list[Job], users: int) -> tuple[float, float, list[bytes]]:
+    """Seconds, seconds of this process's processor time, and the answers, through the server's streams."""
+    bodies = [
+        json.dumps(
+            {"prompt": p, "max_tokens": n, "temperature": 0, "ignore_eos": True, "stream": True}
+            | {"stream_options": {"include_usage": True}}
+        ).encode()
+        for p, n in jobs
+    ]
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: "
+    left = iter([head.encode() + b"%d\r\n\r\n" % len(body) + body for body in bodies])
+    loop, done = asyncio.get_running_loop(), list[bytes]()
+    ended: list[asyncio.Future[None]] = [loop.create_future() for _ in range(users)]
+    before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    for one in ended:
+        await loop.create_connection(lambda one=one: User(left, done, one), host, port)  # type: ignore[misc]
+    await asyncio.gather(*ended)
+    seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done
+
+
+def check(answers: list[bytes], jobs: list[Job]) -> None:
+    """Every answer whole, and all tokens there."""
+    told = [int(found) for answer in answers for found in re.findall(rb'"completion_tokens":(\d+)', answer)]
+    assert len(answers) == len(jobs) and sum(told) == sum(tokens for _, tokens in jobs), (len(answers), sum(told))
+
+
+def lags(port: int) -> tuple[float, float]:
+    """How often the event loop was asked for its lag so far, and how often it was at most `LAG`."""
+    text = urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    counts = dict(re.findall(r'^dspark_event_loop_lag_seconds_bucket\{le="(.*?)"\} (.*)$', text, re.M))
+    return float(counts["+Inf"]), float(counts[str(LAG)])
+
+
+def start_server(planner: str, users: int) -> tuple[subprocess.Popen[str], int]:
+    command = [str(Path(sys.executable).with_name("dspark")), "serve", "--port", "0", "--planner", planner]
+    server = subprocess.Popen([*command, "--max-running", str(users)], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    for line in server.stdout:
+        if found := re.search(r"address: .*:(\d+)/v1", line):
+            return server, int(found[1])
+    raise SystemExit("the server did not start")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--planner", default="full")
+    parser.add_argument("--users", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    core = build_engine(demo_target_path(), demo_drafter_path(), asked.planner, max_running=asked.users, seed=0)
+    core.wait_compiled()
+    jobs = jobs_of(asked.requests)
+    tokens = sum(count for _, count in jobs)
+    server, port = start_server(asked.planner, asked.users)
+    found: dict[str, list[float]] = {"direct": [], "engine": [], "http": [], "client": []}
+    try:
+        freeze_startup()
+        samples = good = 0.0
+        for number in range(1 + asked.rounds):
+            if number == 1:  # the first warmed up
+                samples, good, found = 0.0, 0.0, {name: [] for name in found}
+            found["direct"].append(direct(core, jobs, asked.users))
+            engine = Engine(core)
+            found["engine"].append(asyncio.run(threaded(engine, jobs, asked.users)))
+            engine.close()
+            before = lags(port)  # only what happens under load counts
+            seconds, client, answers = asyncio.run(served("127.0.0.1", port, jobs, asked.users))
+            more = [late - earlier for late, earlier in zip(lags(port), before, strict=True)]
+            samples, good = samples + more[0], good + more[1]
+            check(answers, jobs)
+            found["http"].append(seconds)
+            found["client"].append(client)
+    finally:
+        server.terminate()
+        server.wait()
+    base = median(found["direct"])
+    print(
+        f"{asked.planner}, {asked.users} users, {len(jobs)} requests, {tokens} tokens, median of {asked.rounds} rounds"
+    )
+    for name in ("direct", "engine", "http"):
+        cost = median(mine / own - 1 for mine, own in zip(found[name], found["direct"], strict=True))
+        print(f"{name:<8}{tokens / median(found[name]):8.0f} tokens/s   time over direct {100 * cost:+6.1f} %")
+    print(f"client's processor time: {100 * median(found['client']) / base:.1f} % of direct's time, in http's number")
+    print(f"event loop at most {1000 * LAG:.0f} ms late: {100 * good / samples:.2f} % of {samples:.0f} times")
+    if asked.json:
+        asked.json.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
