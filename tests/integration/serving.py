@@ -55,11 +55,11 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(core, config: ServerConfig, *, grace: int = 5, key: str = "none") -> Iterator[Served]:
+def serving(core, config: ServerConfig, *, grace: int = 5, key: str = "none", **options) -> Iterator[Served]:
     """The core behind a server; both end with the context, and nothing may be left in the core."""
     with closing_engine(core) as engine:
         app = create_app(engine, config)
-        server, bound = make_server(app, grace=grace), bind("127.0.0.1", 0)
+        server, bound = make_server(app, grace=grace, **options), bind("127.0.0.1", 0)
         url = address(bound)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
@@ -92,3 +92,26 @@ def tiny_core(pair, *, template: str | None = TEMPLATE, **options):
     core = build_engine(pair.target, pair.drafter, "full", **given)
     core.tokenizer.chat_template = template
     return core
+
+
+class Slow:
+    """Stops a core after so many forwards more, so that requests are surely still running, and makes one fail."""
+
+    def __init__(self, core):
+        self.left = None  # None: any number
+        self.fail = None
+        forward = core.runner.forward
+
+        def held(step):
+            for _ in range(20_000):  # a test that failed must not hang the rest
+                if self.left != 0:
+                    break
+                time.sleep(0.001)
+            if self.left is not None:
+                self.left -= 1
+            if self.fail is not None:
+                error, self.fail = self.fail, None
+                raise error
+            return forward(step)
+
+        core.runner.forward = held

@@ -6,41 +6,17 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import openai
 import pytest
-from serving import serving, tiny_core
+from serving import Slow, serving, tiny_core
 
 from dspark.server.service import ServerConfig
 
 LONG = {"prompt": "def", "max_tokens": 480, "temperature": 0, "ignore_eos": True}
 SHORT = {"prompt": "def", "max_tokens": 3, "temperature": 0}
-
-
-class Slow:
-    """Stops a core after so many forwards more, so that requests are surely still running, and makes one fail."""
-
-    def __init__(self, core):
-        self.left = None  # None: any number
-        self.fail = None
-        forward = core.runner.forward
-
-        def held(step):
-            for _ in range(20_000):  # a test that failed must not hang the rest
-                if self.left != 0:
-                    break
-                time.sleep(0.001)
-            if self.left is not None:
-                self.left -= 1
-            if self.fail is not None:
-                error, self.fail = self.fail, None
-                raise error
-            return forward(step)
-
-        core.runner.forward = held
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +113,21 @@ def test_an_engine_that_stopped_is_not_healthy(tiny_pair):
         got = served.http.post("/v1/completions", json=SHORT)
         assert got.status_code == 503 and got.json()["error"]["code"] == "engine_stopped"
         assert served.http.get("/metrics").status_code == 200
+
+
+def test_a_device_that_hangs_is_not_healthy(tiny_pair):
+    core = tiny_core(tiny_pair)
+    slow = Slow(core)
+    with serving(core, ServerConfig(stuck_seconds=0.05)) as served, ThreadPoolExecutor() as pool:
+        slow.left = 1
+        running = pool.submit(served.http.post, "/v1/completions", json=SHORT)
+        served.until(lambda: served.service.trouble is not None)
+        got = served.http.get("/health")
+        assert got.status_code == 503 and "hang" in got.json()["status"]
+        assert served.http.get("/ready").status_code == 503
+        slow.left = None
+        assert running.result().status_code == 200
+        assert served.http.get("/health").status_code == 200
 
 
 def test_cors_is_for_named_origins(tiny_pair):

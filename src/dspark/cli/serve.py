@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dspark.cli.inputs import Device, Dtype, Planner, the_pair
-from dspark.common.errors import UserError
 from dspark.common.extras import require
 
 if TYPE_CHECKING:
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from dspark.server.service import ServerConfig
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
-LEVELS = ("critical", "error", "warning", "info", "debug")
 
 
 def serve(
@@ -47,24 +45,37 @@ def serve(
     compile: Annotated[bool, typer.Option(help="Compile the forwards, in the background.")] = True,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "warning",
+    requests_per_minute: Annotated[int | None, typer.Option(help="Of each API key; a key file may say more.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="Prompt and answer tokens of each API key.")] = None,
+    request_seconds: Annotated[float, typer.Option(min=0, help="For a whole answer; 0 is no limit.")] = 600.0,
+    stuck_seconds: Annotated[
+        float, typer.Option(help="A longer step makes /health say that the device hangs.")
+    ] = 120.0,
+    log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "info",
+    log_format: Annotated[str, typer.Option(help="text or json, a line for each request.")] = "text",
+    log_prompts: Annotated[bool, typer.Option(help="Let the log have the prompts.")] = False,
 ) -> None:
     """Serve a target and its drafter to OpenAI clients; without arguments, the embedded pair."""
-    if log_level not in LEVELS:
-        raise UserError(f"log level {log_level!r} is not known; pass one of {', '.join(LEVELS)}")
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         require(module, "serve")
 
+    from dspark.server.keys import find_keys
     from dspark.server.launch import BACKLOG, address, bind
-    from dspark.server.limits import find_keys
+    from dspark.server.logs import configure
     from dspark.server.service import ServerConfig
 
+    configure(log_level, log_format)
     config = ServerConfig(
         name=name or served_name(target),
         queue=queue,
         most_body_bytes=max_body_bytes,
         most_prompt_tokens=max_prompt_tokens,
         keys=tuple(find_keys(api_key or (), api_keys)),
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        request_seconds=request_seconds or None,
+        stuck_seconds=stuck_seconds,
+        log_prompts=log_prompts,
         origins=tuple(cors_origin or ()),
         playground=playground,
     )
@@ -99,7 +110,7 @@ def serve(
     if not config.keys and host not in LOCAL:
         print("warning: no API key is set, so whoever reaches this address may use it", file=sys.stderr, flush=True)
     engine = Engine(core)
-    run(make_server(create_app(engine, config), grace=grace, log_level=log_level), bound)
+    run(make_server(create_app(engine, config), grace=grace), bound)
     engine.close(seconds=grace)
     sys.stdout.flush()
     os._exit(0)  # a forward being compiled in the background is not waited for

@@ -6,6 +6,7 @@ running request gives its own back and waits in front; the oldest can always go 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -172,6 +173,8 @@ class Admission:
             request.cached, request.published = len(pages) * size, len(pages)
             if not request.output_length:
                 request.statistics.cached_tokens = request.cached
+            if request.statistics.admitted is None:
+                request.statistics.admitted = time.perf_counter()
             rows = min(request.uncached, left)
             assert self._grow(request, request.cached + rows), "pages counted as available could not be taken"
             schedule.add(request, rows)

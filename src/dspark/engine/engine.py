@@ -39,6 +39,10 @@ class StepFailed(RuntimeError):
     """A step failed with this request in it; requests that were waiting, and later ones, are served."""
 
 
+class DeadlinePassed(TimeoutError):
+    """A request was not done in the time it was given; it has left the engine."""
+
+
 @dataclass(eq=False)
 class _Stream:
     """One caller's end: where the commits of its requests go, each with the place of its prompt."""
@@ -77,19 +81,21 @@ class Engine:
                 yield commit
 
     async def streams(
-        self, asked: Sequence[tuple[Prompt, SamplingParams | None]]
+        self, asked: Sequence[tuple[Prompt, SamplingParams | None]], *, seconds: float | None = None
     ) -> AsyncGenerator[tuple[int, Commit], None]:
         """The commits of several prompts as they happen, each with its prompt's place in `asked`.
 
         They belong together: an error of one ends all. Raises UserError for what cannot be served, StepFailed where
-        a step with one of them failed.
+        a step with one of them failed, DeadlinePassed when they are not all done after `seconds`: they leave the
+        engine before its next step, whether or not anybody is waiting for a commit here.
         """
-        stream = _Stream(asyncio.get_running_loop())
-        tokens = [await self._tokens(prompt) for prompt, _ in asked]
-        jobs = [(own, params) for own, (_, params) in zip(tokens, asked, strict=True)]
-        self._command(lambda: self._add(stream, jobs))
-        left = len(jobs)
+        stream = _Stream(loop := asyncio.get_running_loop())
+        late = loop.call_later(seconds, self._expire, stream, seconds) if seconds is not None else None
         try:
+            tokens = [await self._tokens(prompt) for prompt, _ in asked]
+            jobs = [(own, params) for own, (_, params) in zip(tokens, asked, strict=True)]
+            self._command(lambda: self._add(stream, jobs))
+            left = len(jobs)
             while left:
                 item = await stream.queue.get()
                 if isinstance(item, BaseException):
@@ -97,8 +103,17 @@ class Engine:
                 left -= item[1].finish_reason is not None
                 yield item
         finally:
-            with contextlib.suppress(EngineStopped):  # it has let go of everything already
-                self._command(lambda: self._remove(stream))
+            if late is not None:
+                late.cancel()
+            self._let_go(stream)
+
+    def _expire(self, stream: _Stream, seconds: float) -> None:
+        self._let_go(stream)
+        stream.queue.put_nowait(DeadlinePassed(f"the request was not done after {seconds:.1f} s"))
+
+    def _let_go(self, stream: _Stream) -> None:
+        with contextlib.suppress(EngineStopped):  # it has let go of everything already
+            self._command(lambda: self._remove(stream))
 
     async def _tokens(self, prompt: Prompt) -> list[int]:
         """A prompt's tokens, by another thread if they may take long: handing over costs as much as a page of text."""

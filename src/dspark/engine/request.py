@@ -58,6 +58,7 @@ class RequestStatistics(SpeculationStatistics):
     cached_tokens: int = 0  # of the prompt, found in the prefix cache at the first admission
     preemptions: int = 0
     arrived: float = field(default_factory=time.perf_counter)
+    admitted: float | None = None  # the first time it got pages
     first_token: float | None = None
     finished: float | None = None
 

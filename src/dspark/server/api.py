@@ -18,8 +18,10 @@ from dspark.common.sampling_params import SamplingParams
 from dspark.engine.engine import Engine
 from dspark.server import playground
 from dspark.server.answers import ChatForm, Form, Piece, TextForm, Usage
-from dspark.server.errors import ApiError, install
-from dspark.server.limits import Bodies, Keys
+from dspark.server.calls import Calls, call_of
+from dspark.server.errors import ApiError, ClientGone, install
+from dspark.server.keys import Keys
+from dspark.server.limits import Bodies
 from dspark.server.metrics import Metrics
 from dspark.server.protocol import (
     ChatRequest,
@@ -29,7 +31,7 @@ from dspark.server.protocol import (
     TokenizeRequest,
 )
 from dspark.server.service import ServerConfig, Service, package_version
-from dspark.server.stream import ClientGone, EventStream, while_listening
+from dspark.server.stream import EventStream, while_listening
 
 Job = tuple[list[int], SamplingParams]
 
@@ -54,12 +56,13 @@ def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
     if service.config.playground:
         playground.install(app)
     app.add_middleware(Bodies, most_bytes=service.config.most_body_bytes, seconds=service.config.body_seconds)
-    if service.config.keys:
-        app.add_middleware(Keys, keys=service.config.keys, free=playground.PATHS)
+    free = playground.PATHS if service.config.playground else ()
+    app.add_middleware(Keys, keys=service.config.api_keys, rates=service.config.rates, free=free)
     if service.config.origins:
         origins, headers = list(service.config.origins), ["authorization", "content-type"]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=headers)
-    app.add_middleware(Counted, metrics=service.metrics)  # the last one added sees a request first
+    app.add_middleware(Counted, metrics=service.metrics)
+    app.add_middleware(Calls)  # the last one added sees a request first
     return app
 
 
@@ -93,7 +96,8 @@ def _completions(app: FastAPI, service: Service) -> None:
 async def _answer(service: Service, request: Request, body: Sampling, jobs: Sequence[Job], form: Form) -> Response:
     """The response to a checked request: an error of the first step still has its own status, streamed or not."""
     usage = Usage()
-    pieces = service.pieces(jobs, usage, choices=body.choices)
+    call = call_of(request.scope)
+    pieces = service.pieces(jobs, usage, choices=body.choices, call=call, deadline_ms=body.dspark.deadline_ms)
 
     async def collect() -> list[Piece]:
         whole = [Piece(place, "") for place in range(len(jobs))]

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from dspark.common.errors import UserError
 
@@ -46,6 +47,24 @@ class ApiError(Exception):
         """The whole answer."""
         return JSONResponse(self.body, self.status, self.headers)
 
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Say it in place of the application, and leave its code for the log."""
+        _tell(scope, self)
+        await self.response(scope, receive, send)
+
+
+class ClientGone(ApiError):
+    """The client closed the connection before its answer was whole."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "the client closed the connection", code="client_gone")
+
+
+def _tell(scope: Scope, error: ApiError) -> None:
+    call = scope.get("state", {}).get("call")  # of calls.py; an application under test may stand without it
+    if call is not None:
+        call.error = error.code or f"http_{error.status}"
+
 
 def as_api_error(error: BaseException) -> ApiError:
     """Any exception as an answer. What is no fault of the client's is logged, and told without its inside."""
@@ -75,16 +94,20 @@ def refusal(error: RequestValidationError) -> ApiError:
 def install(app: FastAPI) -> None:
     """Make every error of `app` an OpenAI error."""
 
-    async def refused(_: Request, error: Exception) -> JSONResponse:
+    def said(request: Request, error: ApiError) -> JSONResponse:
+        _tell(request.scope, error)
+        return error.response
+
+    async def refused(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return refusal(error).response
+        return said(request, refusal(error))
 
-    async def http(_: Request, error: Exception) -> JSONResponse:
+    async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return ApiError(error.status_code, str(error.detail), headers=error.headers).response
+        return said(request, ApiError(error.status_code, str(error.detail), headers=error.headers))
 
-    async def other(_: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response
+    async def other(request: Request, error: Exception) -> JSONResponse:
+        return said(request, as_api_error(error))
 
     app.add_exception_handler(RequestValidationError, refused)
     app.add_exception_handler(HTTPException, http)

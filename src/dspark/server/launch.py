@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 from types import FrameType
@@ -10,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from dspark.common.errors import UserError
+from dspark.server.connections import PatientProtocol
 from dspark.server.limits import Gate
 
 BACKLOG = 2048
@@ -47,18 +49,31 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def make_server(app: FastAPI, *, grace: int = 30, log_level: str = "warning") -> Server:
-    """A server of `app`; `grace` in seconds is what running requests get once it is told to stop."""
+def make_server(app: FastAPI, *, grace: int = 30, protocol: type[PatientProtocol] = PatientProtocol) -> Server:
+    """A server of `app`; `grace` in seconds is what running requests get once it is told to stop.
+
+    It logs where logs.py sends everything; uvicorn's own line for each request would repeat ours.
+    """
     config = uvicorn.Config(
         app,
-        log_level=log_level,
-        access_log=log_level in ("info", "debug"),
+        http=protocol,
+        log_config=None,
+        access_log=False,
         timeout_graceful_shutdown=grace,
         backlog=BACKLOG,
         ws="none",
         server_header=False,
     )
     return Server(config, app.state.service.gate)
+
+
+def allow_connections() -> None:
+    """As many open files as the system lets this process have: each connection is one, and 1024 are soon used."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def run(server: Server, bound: socket.socket) -> None:
@@ -71,6 +86,7 @@ def run(server: Server, bound: socket.socket) -> None:
     def early(sig: int, frame: FrameType | None) -> None:
         server.should_exit = True
 
+    allow_connections()
     before = {sig: signal.signal(sig, early) for sig in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.run(sockets=[bound])

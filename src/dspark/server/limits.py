@@ -1,72 +1,22 @@
-"""What keeps a server standing: keys, the size and the slowness of bodies, and how many texts are in it at once."""
+"""What keeps a server standing: the size, the depth and the slowness of bodies, and how many texts are inside."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
-import os
+import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dspark.common.errors import UserError
 from dspark.server.errors import ApiError
 
-KEY_VARIABLE = "DSPARK_API_KEYS"
-OPEN = frozenset({"/health", "/ready", "/metrics", "/version"})  # what probes and scrapers read, without a key
 REMEMBERED = 32  # finished requests from which the wait of a refused one is guessed
 LONGEST_WAIT = 60
 CLOSE = {"Connection": "close"}
-
-
-def find_keys(given: Iterable[str] = (), file: Path | None = None) -> list[str]:
-    """The keys from the command line, a file (one a line, # comments) and the environment (by commas)."""
-    keys = [*given, *os.environ.get(KEY_VARIABLE, "").split(",")]
-    if file is not None:
-        try:
-            keys += [line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"cannot read the API keys in {file}: {error}; pass a UTF-8 file, one key a line"
-            ) from error
-    found = [key.strip() for key in keys if key.strip()]
-    if file is not None and not found:
-        raise UserError(f"{file} has no API key; write one a line, or leave it out to serve without keys")
-    return found
-
-
-class Keys:
-    """Lets requests through that bring one of the keys, compared in a time that tells nothing about them."""
-
-    def __init__(self, app: ASGIApp, keys: Iterable[str], free: Iterable[str] = ()):
-        """`free` are paths that need no key, beside OPEN."""
-        self.app = app
-        self._free = OPEN | frozenset(free)
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers 401 without a key."""
-        if scope["type"] == "http" and scope["path"] not in self._free and not self.allow(scope):
-            await ApiError(
-                401,
-                "this server needs an API key; send it as Authorization: Bearer KEY",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            ).response(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
-
-    def allow(self, scope: Scope) -> bool:
-        """Whether the request may pass."""
-        header = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, key = header.partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        fits = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them, always
-        return scheme.lower() == b"bearer" and any(fits)
+MOST_DEPTH = 64
+BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)  # a string, whatever it holds, or a bracket
 
 
 class Bodies:
@@ -85,10 +35,10 @@ class Bodies:
             body = await asyncio.wait_for(self._read(receive), self.seconds)
         except TimeoutError:
             late = ApiError(408, f"the body took more than {self.seconds:g} s; send it faster", headers=CLOSE)
-            await late.response(scope, receive, send)
+            await late.answer(scope, receive, send)
             return
         except ApiError as error:
-            await error.response(scope, receive, send)
+            await error.answer(scope, receive, send)
             return
         if body is None:
             return  # the client went away: there is nobody to answer
@@ -110,7 +60,23 @@ class Bodies:
                 limit = f"the body is larger than {self.most_bytes} bytes; shorten the prompt"
                 raise ApiError(413, limit, code="request_too_large", headers=CLOSE)
             if not message.get("more_body"):
-                return bytes(body)
+                check_depth(whole := bytes(body))
+                return whole
+
+
+def check_depth(body: bytes, most: int = MOST_DEPTH) -> None:
+    """Raises ApiError 400 where brackets of JSON lie more than `most` deep: readers of JSON go down by recursion."""
+    if body.count(b"[") + body.count(b"{") <= most:
+        return  # most bodies; counting is fast
+    depth = 0
+    for found in BRACKETS.finditer(body):
+        bracket = found.group()
+        if bracket in b"[{":
+            depth += 1
+            if depth > most:
+                raise ApiError(400, f"the body is nested more than {most} deep; flatten it", code="too_deep")
+        elif bracket in b"]}":
+            depth -= 1
 
 
 class Gate:

@@ -42,6 +42,7 @@ class Extensions(Strict):
     priority: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
     min_tokens_per_second: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
     trace: bool = False
+    deadline_ms: Annotated[int, Field(ge=1, le=10**9, strict=True)] | None = None  # from the request's arrival
 
 
 class Sampling(Strict):
@@ -99,7 +100,7 @@ class Sampling(Strict):
             for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty")
             if (value := getattr(self, name)) is not None
         }
-        shared |= self.dspark.model_dump()
+        shared |= self.dspark.model_dump(exclude={"deadline_ms"})
         shared["logit_bias"] = {int(token): bias for token, bias in (self.logit_bias or {}).items()} or None
         shared["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         shared["stop_token_ids"] = tuple(self.stop_token_ids or ())

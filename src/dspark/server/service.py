@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import hashlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,16 +14,18 @@ from importlib.metadata import PackageNotFoundError, version
 from dspark.common.chat import render_chat
 from dspark.common.errors import UserError
 from dspark.common.sampling_params import SamplingParams
-from dspark.engine.engine import SHORT, Engine, EngineStopped, StepFailed
+from dspark.engine.engine import SHORT, DeadlinePassed, Engine, EngineStopped, StepFailed
 from dspark.server.answers import Decode, Piece, Usage
+from dspark.server.calls import Call
 from dspark.server.engine_metrics import EngineState
 from dspark.server.errors import LOG, ApiError
+from dspark.server.keys import ApiKey
 from dspark.server.limits import Gate
 from dspark.server.metrics import Metrics
 from dspark.server.protocol import ChatMessage
+from dspark.server.rates import Rates
 
 ASK_SECONDS = 1.0  # how long /metrics waits for the end of a step before it tells the state before
-STUCK_SECONDS = 120.0  # a step that takes longer is taken for a device that hangs
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,12 @@ class ServerConfig:
     queue: int = 256  # texts that may wait for a place in the engine
     most_body_bytes: int = 2 << 20
     most_prompt_tokens: int | None = None  # None: as the context has room
-    keys: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()  # as ApiKey.parse takes them
+    requests_per_minute: int | None = None  # of each key that says nothing else; without keys, of all together
+    tokens_per_minute: int | None = None
+    request_seconds: float | None = 600.0  # from a request's arrival to its last token
+    stuck_seconds: float = 120.0  # a step that takes longer is taken for a device that hangs
+    log_prompts: bool = False
     body_seconds: float = 30.0  # from a request's headers to the end of its body
     origins: tuple[str, ...] = ()  # of pages that browsers may call from; none by default
     playground: bool = True  # the page at /
@@ -46,6 +53,21 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} {value} is below 1; pass 1 or more")
+        for name in ("request_seconds", "stuck_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} {value} is not above 0; pass a number of seconds")
+        _ = self.api_keys  # raises UserError for one that cannot be read
+
+    @property
+    def rates(self) -> Rates:
+        """What a key may use that says nothing else."""
+        return Rates(self.requests_per_minute, self.tokens_per_minute)
+
+    @property
+    def api_keys(self) -> list[ApiKey]:
+        """The keys, read."""
+        return [ApiKey.parse(line, self.rates) for line in self.keys]
 
 
 class Service:
@@ -84,30 +106,59 @@ class Service:
         return self._fitting(tokens)
 
     async def pieces(
-        self, jobs: Sequence[tuple[list[int], SamplingParams]], usage: Usage, *, choices: int
+        self,
+        jobs: Sequence[tuple[list[int], SamplingParams]],
+        usage: Usage,
+        *,
+        choices: int,
+        call: Call,
+        deadline_ms: int | None = None,
     ) -> AsyncGenerator[Piece, None]:
-        """The texts of `jobs`, `choices` of them for each prompt, as they come; counts into `usage`."""
-        with self.gate.enter(len(jobs)):
+        """The texts of `jobs`, `choices` of them for each prompt, as they come; counts into `usage` and `call`.
+
+        Raises ApiError: 429 without room or over the key's rates, 504 past the deadline, 500 and 503 for the engine.
+        """
+        fresh = {place for place in range(len(jobs)) if place % choices == 0}
+        usage.prompt = call.prompt_tokens = sum(len(jobs[place][0]) for place in fresh)
+        if self.config.log_prompts and (tokenizer := self.engine.core.tokenizer) is not None:
+            call.prompts = [tokenizer.decode(jobs[place][0]) for place in sorted(fresh)]
+        with self.gate.enter(len(jobs)), self._reserved(call, jobs):
             watches = [self.metrics.watch() for _ in jobs]
-            fresh = {place for place in range(len(jobs)) if place % choices == 0}
-            usage.prompt = sum(len(jobs[place][0]) for place in fresh)
+            seconds = self._seconds_left(call, deadline_ms)
             try:
-                async with aclosing(self.engine.streams(jobs)) as commits:
+                async with aclosing(self.engine.streams(jobs, seconds=seconds)) as commits:
                     async for place, commit in commits:
                         watches[place].take(commit)
+                        call.take(commit)
                         usage.completion += len(commit.token_ids)
                         if place in fresh:
                             fresh.discard(place)
                             usage.cached += commit.statistics.cached_tokens
                         last = commit.statistics if commit.finish_reason else None
                         yield Piece(place, commit.text, commit.logprobs, commit.finish_reason, last, commit.trace)
-            except StepFailed as error:
-                LOG.error("a step failed", exc_info=error)
-                raise ApiError(
-                    500, "a step of the engine failed with this request in it; send it again", code="step_failed"
-                ) from error
-            except EngineStopped as error:
-                raise ApiError(503, "the engine has stopped; ask another server", code="engine_stopped") from error
+            except (StepFailed, EngineStopped, DeadlinePassed) as error:
+                told = _failure(error)
+                call.error = told.code
+                raise told from error
+
+    @contextlib.contextmanager
+    def _reserved(self, call: Call, jobs: Sequence[tuple[list[int], SamplingParams]]) -> Iterator[None]:
+        """Tokens of the key's account set aside as long as the context is open, then settled by what was used."""
+        account = call.account
+        if account is None:
+            yield
+            return
+        room = (min(params.max_tokens or self.context, self.context - len(tokens)) for tokens, params in jobs)
+        reserved = account.reserve(call.prompt_tokens + sum(room))
+        try:
+            yield
+        finally:
+            account.settle(reserved, call.prompt_tokens + call.completion_tokens)
+
+    def _seconds_left(self, call: Call, deadline_ms: int | None) -> float | None:
+        bounds = [self.config.request_seconds, None if deadline_ms is None else deadline_ms / 1000]
+        known = [bound for bound in bounds if bound is not None]
+        return max(0.0, min(known) - call.age) if known else None
 
     async def refresh(self) -> None:
         """Read the engine's state for the metrics; one that is in a long step, or has stopped, keeps its last."""
@@ -120,7 +171,7 @@ class Service:
         """What keeps the engine from serving; None while it serves."""
         if self.engine.stopped is not None:
             return "the engine has stopped"
-        if self.engine.step_seconds > STUCK_SECONDS:
+        if self.engine.step_seconds > self.config.stuck_seconds:
             return f"a step has taken {self.engine.step_seconds:.0f} s; the device seems to hang"
         return None
 
@@ -143,6 +194,16 @@ class Service:
     def _decode(self, token: int) -> str:
         tokenizer = self.engine.core.tokenizer
         return tokenizer.decode([token]) if tokenizer is not None else str(token)
+
+
+def _failure(error: BaseException) -> ApiError:
+    """What the client of a text hears that did not come to its end."""
+    if isinstance(error, StepFailed):
+        LOG.error("a step failed", exc_info=error)
+        return ApiError(500, "a step of the engine failed with this request in it; send it again", code="step_failed")
+    if isinstance(error, DeadlinePassed):
+        return ApiError(504, f"{error}; ask for less or allow more time", code="deadline_exceeded")
+    return ApiError(503, "the engine has stopped; ask another server", code="engine_stopped")
 
 
 def package_version() -> str:

@@ -11,17 +11,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from dspark.server.answers import Form, Piece, Usage
-from dspark.server.errors import ApiError, as_api_error
+from dspark.server.errors import ClientGone, as_api_error
 
 Answer = TypeVar("Answer")
 DONE = b"data: [DONE]\n\n"
-
-
-class ClientGone(ApiError):
-    """The client closed the connection before its answer was whole."""
-
-    def __init__(self) -> None:
-        super().__init__(499, "the client closed the connection")
 
 
 async def while_listening(receive: Receive, work: Coroutine[Any, Any, Answer]) -> Answer:
