@@ -227,11 +227,11 @@ def test_errors_are_messages(page):
 
 @needs_browser
 def test_a_key_is_asked_for_and_kept_in_the_tab(tiny_pair, browser):
-    with serving(tiny_core(tiny_pair), ServerConfig(name="locked", keys=("open sesame",)), key="open sesame") as served:
+    with serving(tiny_core(tiny_pair), ServerConfig(name="locked", keys=("open-sesame",)), key="open-sesame") as served:
         browser.open(served.url)
         browser.until(lambda: browser.focused() == "key")
         assert "API key" in browser.text("#error") and browser.text("#model").strip() == ""
-        browser.press("open sesame", Keys.TAB)
+        browser.press("open-sesame", Keys.TAB)
         browser.until(lambda: "locked" in browser.text("#model"))
         run(browser, tokens=4)
         assert browser.text("#same") == "yes" and not browser.find("#error").is_displayed()
