@@ -51,6 +51,14 @@ def serve(
     stuck_seconds: Annotated[
         float, typer.Option(help="A longer step makes /health say that the device hangs.")
     ] = 120.0,
+    idempotency: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DSPARK_IDEMPOTENCY",
+            help="Keeps answers to an Idempotency-Key: a file, a redis:// URL, or off; default: a file of yours.",
+        ),
+    ] = None,
+    idempotency_seconds: Annotated[float, typer.Option(min=1, help="How long they are kept.")] = 86400.0,
     log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "info",
     log_format: Annotated[str, typer.Option(help="text or json, a line for each request.")] = "text",
     log_prompts: Annotated[bool, typer.Option(help="Let the log have the prompts.")] = False,
@@ -62,6 +70,7 @@ def serve(
     from dspark.server.keys import find_keys
     from dspark.server.launch import BACKLOG, address, bind
     from dspark.server.logs import configure
+    from dspark.server.results import MEMORY, open_results, usual_file
     from dspark.server.service import ServerConfig
 
     configure(log_level, log_format)
@@ -79,6 +88,8 @@ def serve(
         origins=tuple(cors_origin or ()),
         playground=playground,
     )
+    usual = usual_file(config.name, port) if port else MEMORY  # a free port is no place to be found again
+    results = open_results(idempotency, usual, seconds=idempotency_seconds)
     bound = bind(host, port)  # before the model is loaded: a taken port is known at once
 
     from dspark.common.collector import freeze_startup
@@ -110,7 +121,7 @@ def serve(
     if not config.keys and host not in LOCAL:
         print("warning: no API key is set, so whoever reaches this address may use it", file=sys.stderr, flush=True)
     engine = Engine(core)
-    run(make_server(create_app(engine, config), grace=grace), bound)
+    run(make_server(create_app(engine, config, results), grace=grace), bound)
     engine.close(seconds=grace)
     sys.stdout.flush()
     os._exit(0)  # a forward being compiled in the background is not waited for

@@ -20,6 +20,7 @@ from dspark.server import playground
 from dspark.server.answers import ChatForm, Form, Piece, TextForm, Usage
 from dspark.server.calls import Calls, call_of
 from dspark.server.errors import ApiError, ClientGone, install
+from dspark.server.idempotency import Idempotency
 from dspark.server.keys import Keys
 from dspark.server.limits import Bodies
 from dspark.server.metrics import Metrics
@@ -30,14 +31,15 @@ from dspark.server.protocol import (
     Sampling,
     TokenizeRequest,
 )
+from dspark.server.results import Results
 from dspark.server.service import ServerConfig, Service, package_version
 from dspark.server.stream import EventStream, while_listening
 
 Job = tuple[list[int], SamplingParams]
 
 
-def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
-    """The application over `engine`; its Service is `app.state.service`."""
+def create_app(engine: Engine, config: ServerConfig | None = None, results: Results | None = None) -> FastAPI:
+    """The application over `engine`; its Service is `app.state.service`. `results` keeps answers by Idempotency-Key."""
     service = Service(engine, config or ServerConfig())
 
     @contextlib.asynccontextmanager
@@ -45,6 +47,8 @@ def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
         watching = asyncio.create_task(service.metrics.watch_lag())
         yield
         watching.cancel()
+        if results is not None:
+            await results.close()
 
     pages: dict[str, Any] = {"docs_url": None, "redoc_url": None}  # they need a CDN
     app = FastAPI(title="dspark", version=package_version(), lifespan=lifespan, **pages)
@@ -55,6 +59,13 @@ def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
     _operations(app, service)
     if service.config.playground:
         playground.install(app)
+    if results is not None:
+        app.add_middleware(
+            Idempotency,
+            results=results,
+            most_bytes=service.config.most_answer_bytes,
+            wait_seconds=service.config.request_seconds,
+        )
     app.add_middleware(Bodies, most_bytes=service.config.most_body_bytes, seconds=service.config.body_seconds)
     free = playground.PATHS if service.config.playground else ()
     app.add_middleware(Keys, keys=service.config.api_keys, rates=service.config.rates, free=free)

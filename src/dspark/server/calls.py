@@ -31,6 +31,7 @@ class Call:
     path: str
     arrived: float = field(default_factory=time.perf_counter)  # s
     key: str | None = None  # the name of its API key
+    owner: str = ""  # the key's digest: whose its idempotency keys are
     account: Account | None = None
     status: int = NO_STATUS
     error: str | None = None

@@ -11,6 +11,7 @@ else:
     from uvicorn.protocols.http.auto import AutoHTTPProtocol as Protocol
 
 HEAD_SECONDS = 15.0  # for the head of a request, from its first byte or the opening of the connection
+MOST_IDLE_BYTES = 4 << 20  # that may come while no request is served: a head, or a body that was refused unread
 READ_SECONDS = 60.0  # in which a client whose buffers are full must read some of its answer
 
 
@@ -21,6 +22,7 @@ class PatientProtocol(Protocol):
     read_seconds = READ_SECONDS
     _head: asyncio.TimerHandle | None = None
     _read: asyncio.TimerHandle | None = None
+    _idle_bytes = 0
 
     @classmethod
     def within(cls, *, head: float, read: float) -> type[PatientProtocol]:
@@ -35,6 +37,9 @@ class PatientProtocol(Protocol):
     def data_received(self, data: bytes) -> None:
         """A request that has begun is timed by what serves it."""
         super().data_received(data)
+        self._idle_bytes = 0 if self._serving else self._idle_bytes + len(data)
+        if self._idle_bytes > MOST_IDLE_BYTES:
+            self._abort()
         self._expect_a_head()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -111,5 +111,6 @@ class Keys:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         place = fits.index(True)
-        call_of(scope).key = self.keys[place].name
+        call, key = call_of(scope), self.keys[place]
+        call.key, call.owner = key.name, key.digest.hex()
         return self._accounts[place]

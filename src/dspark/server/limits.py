@@ -42,12 +42,7 @@ class Bodies:
             return
         if body is None:
             return  # the client went away: there is nobody to answer
-        unread: deque[Message] = deque([{"type": "http.request", "body": body, "more_body": False}])
-
-        async def replay() -> Message:
-            return unread.popleft() if unread else await receive()
-
-        await self.app(scope, replay, send)
+        await self.app(scope, read_again(body, receive), send)
 
     async def _read(self, receive: Receive) -> bytes | None:
         body = bytearray()
@@ -62,6 +57,16 @@ class Bodies:
             if not message.get("more_body"):
                 check_depth(whole := bytes(body))
                 return whole
+
+
+def read_again(body: bytes, receive: Receive) -> Receive:
+    """`receive` for whoever is next, who wants the body that was read already."""
+    unread: deque[Message] = deque([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def replay() -> Message:
+        return unread.popleft() if unread else await receive()
+
+    return replay
 
 
 def check_depth(body: bytes, most: int = MOST_DEPTH) -> None:

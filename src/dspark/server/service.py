@@ -42,6 +42,7 @@ class ServerConfig:
     request_seconds: float | None = 600.0  # from a request's arrival to its last token
     stuck_seconds: float = 120.0  # a step that takes longer is taken for a device that hangs
     log_prompts: bool = False
+    most_answer_bytes: int = 4 << 20  # of an answer that is kept for its Idempotency-Key
     body_seconds: float = 30.0  # from a request's headers to the end of its body
     origins: tuple[str, ...] = ()  # of pages that browsers may call from; none by default
     playground: bool = True  # the page at /
