@@ -28,6 +28,8 @@ class Assembled(NamedTuple):
 def page_table(requests: Sequence[Request], tokens: int, page_size: int) -> np.ndarray:
     """Pages by request, int32 [R, P], wide enough for `tokens` tokens a request where it has them, zeros behind."""
     width = -(-tokens // page_size)
+    if len(requests) == 1:  # its own row, which nobody changes before the step is over
+        return requests[0].page_row[None, :width]
     return np.stack([request.page_row[:width] for request in requests])
 
 
@@ -66,8 +68,21 @@ def assemble(
         assert draft is not None, "a plan above 0 needs a draft"
         _put_drafts(wide, draft, plan, first_draft[: len(plan)])
     table_RP = _to(page_table([request for request, _, _ in parts], furthest, page_size), device)
-    batch = Ragged(wide[:T], wide[T : 2 * T], wide[2 * T : 3 * T], table_RP, narrow[: R + 1], narrow[R + 1 :])
-    return Assembled(batch, wide[3 * T :])
+    token_T, position_T, slot_T, wanted_B = wide.split([T, T, T, len(wanted)])
+    bounds_R1, context_R = narrow.split([R + 1, R])
+    return Assembled(Ragged(token_T, position_T, slot_T, table_RP, bounds_R1, context_R), wanted_B)
+
+
+def committed_rows(rows: Sequence[int], plan: Sequence[int], accepted: Sequence[int], total: int) -> list[int] | None:
+    """The rows of a step that are not rejected drafts, of `total`; None if all of them."""
+    if list(plan) == list(accepted):
+        return None
+    kept: list[int] = []
+    start = 0
+    for own, planned, passed in zip(rows, plan, accepted, strict=True):
+        kept += range(start, start + own + passed)
+        start += own + planned
+    return [*kept, *range(start, total)]
 
 
 def _put_drafts(token_T: Tensor, draft: Draft, plan: Sequence[int], first: Sequence[int]) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from dspark.drafters.base import Draft
 from dspark.engine.request import Request
-from dspark.ops.history import History
+from dspark.ops.history import Counted, History
 from dspark.ops.sampling import Shaping, shape
 from dspark.speculation.noise import RoundNoise
 
@@ -57,6 +58,7 @@ class Laws:
         self.vocabulary = vocabulary
         self.device = device
         self._groups: dict[tuple[int, ...], Group] = {}
+        self._counted: WeakKeyDictionary[Request, Counted] = WeakKeyDictionary()  # of requests with penalties
 
     def group(self, requests: Sequence[Request]) -> Group:
         """How these requests sample, in this order."""
@@ -85,9 +87,16 @@ class Laws:
         """Token counts before each anchor's successor, if any request's penalties need them."""
         if not self.group(requests).shaping.penalized:
             return None
-        prompts = [request.tokens[: request.prompt_length] for request in requests]
-        outputs = [request.tokens[request.prompt_length :] for request in requests]
-        return History.of(prompts, outputs, self.vocabulary, self.device)
+        return Counted.together([self._counts(request) for request in requests])
+
+    def _counts(self, request: Request) -> Counted:
+        counts = self._counted.get(request)
+        if counts is None:
+            prompt = request.tokens[: request.prompt_length]
+            counts = self._counted[request] = Counted(prompt, self.vocabulary, self.device)
+        if counts.counted < request.output_length:
+            counts.follow(request.tokens[request.prompt_length + counts.counted :])
+        return counts
 
     def target(
         self, requests: Sequence[Request], logits_BV: Tensor, draft: Draft | None, plan: Sequence[int]

@@ -85,12 +85,17 @@ class Runner:
         self.timings.drafter += self.clock() - before
         return draft
 
-    def extend(self, batch: Ragged, taps_TkD: Tensor | None, *, drafting: bool = True) -> None:
+    def extend(
+        self, batch: Ragged, taps_TkD: Tensor | None, kept: list[int] | None = None, *, drafting: bool = True
+    ) -> None:
         """Take a step's rows into the drafter's context; rejected ones lie past the text and get overwritten there.
 
-        Rows of steps that draft nothing wait for the next draft where the drafter allows it, or until there are many.
+        Drafters that take rows apart are spared those not in `kept`. Rows of steps that draft nothing wait for the next
+        draft where the drafter allows it, or until there are many.
         """
         before = self.clock()
+        if self._later is not None and taps_TkD is not None and kept is not None:
+            batch, taps_TkD = _only(kept, batch, taps_TkD)
         if self._later is not None and taps_TkD is not None and (self._later.rows or not drafting):
             self._later.put(batch, taps_TkD)
             if self._later.rows >= MOST_DEFERRED:
@@ -122,6 +127,15 @@ class Deferred:
         taps_TkD = torch.cat([taps for _, taps in parts])
         newest = {slot: row for row, slot in enumerate(slot_T.tolist())}
         if len(newest) < len(slot_T):
-            rows = torch.tensor(list(newest.values()), device=slot_T.device)
-            position_T, slot_T, taps_TkD = position_T[rows], slot_T[rows], taps_TkD[rows]
+            return _only(list(newest.values()), replace(parts[-1][0], position_T=position_T, slot_T=slot_T), taps_TkD)
         return replace(parts[-1][0], position_T=position_T, slot_T=slot_T), taps_TkD
+
+
+def _only(rows: list[int], batch: Ragged, taps_TkD: Tensor) -> tuple[Ragged, Tensor]:
+    """Some rows' positions, slots and taps."""
+    count = len(rows)
+    if rows[-1] == count - 1 and rows[0] == 0:  # the first ones, as always with one request
+        part = replace(batch, position_T=batch.position_T[:count], slot_T=batch.slot_T[:count])
+        return part, taps_TkD[:count]
+    index = torch.tensor(rows, device=batch.slot_T.device)
+    return replace(batch, position_T=batch.position_T[index], slot_T=batch.slot_T[index]), taps_TkD[index]

@@ -17,7 +17,7 @@ from dspark.common.sampling_params import SamplingParams
 from dspark.drafters.base import Draft, DraftContext, Drafter
 from dspark.drafters.ngram import NoDraft
 from dspark.engine.admission import Admission, Schedule
-from dspark.engine.assemble import assemble, page_table
+from dspark.engine.assemble import assemble, committed_rows, page_table
 from dspark.engine.config import WORTH_COMPILING, EngineConfig
 from dspark.engine.intake import Intake
 from dspark.engine.laws import Laws, padded
@@ -139,7 +139,8 @@ class EngineCore:
         batch = assemble(schedule, draft, plan, page_size=self.config.page_size, device=self.target.device)
         logits_BV, taps_TkD = self.runner.forward(batch)
         verdict = self._verify(schedule, draft, plan, noise, logits_BV)
-        self.runner.extend(batch.batch, taps_TkD, drafting=draft is not None)
+        kept = committed_rows(schedule.rows, verdict.plan, verdict.accepted_R, len(batch.batch.token_T))
+        self.runner.extend(batch.batch, taps_TkD, kept, drafting=draft is not None)
         if self.observer is not None and draft is not None:
             self.observer(records(schedule, draft, verdict))
         metered = self.meter is not None and self._next_metering <= 0.0

@@ -57,3 +57,24 @@ class History:
             one = torch.ones(len(after), dtype=self.output_BV.dtype, device=after.device)
             expanded.output_BV.index_put_((after, token_RK[requests, slot]), one, accumulate=True)
         return expanded
+
+
+class Counted:
+    """The counts of one growing text, kept up with it: a round counts its new tokens alone."""
+
+    def __init__(self, prompt: Sequence[int], vocabulary: int, device: torch.device | str = "cpu") -> None:
+        self.prompt_V = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+        self.prompt_V[torch.tensor(prompt, dtype=torch.int64, device=device)] = True
+        self.output_V = torch.zeros(vocabulary, device=device)
+        self.counted = 0  # tokens of the output
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Count the output's next tokens."""
+        index = torch.tensor(tokens, dtype=torch.int64, device=self.output_V.device)
+        self.output_V.index_add_(0, index, torch.ones(len(tokens), device=index.device))
+        self.counted += len(tokens)
+
+    @staticmethod
+    def together(texts: Sequence[Counted]) -> History:
+        """One row per text."""
+        return History(torch.stack([text.prompt_V for text in texts]), torch.stack([text.output_V for text in texts]))

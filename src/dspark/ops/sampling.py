@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dspark.common.sampling_params import SamplingParams
+from dspark.ops.cpu import load_kernels
 from dspark.ops.history import History
 from dspark.ops.rows import argmax, largest, rising
 
@@ -147,7 +148,7 @@ def _truncate(p_BV: Tensor, shaping: Shaping) -> Tensor:
         index_B1 = width - top_k_B1.clamp(max=width).long()
         p_BV = _keep(p_BV, largest(p_BV, width).gather(1, index_B1) * (top_k_B1 <= p_BV.shape[1]))
     if shaping.top_p:
-        p_BV = _keep(p_BV, _nucleus_threshold(p_BV, top_p_B1))
+        p_BV = _keep(p_BV, nucleus(p_BV, top_p_B1))
     if shaping.min_p:
         p_BV = _keep(p_BV, p_BV.amax(-1, keepdim=True) * min_p_B1.to(p_BV.dtype))
     return p_BV
@@ -159,13 +160,19 @@ def _keep(p_BV: Tensor, threshold_B1: Tensor) -> Tensor:
     return kept_BV / torch.where(threshold_B1 > 0, kept_BV.sum(-1, keepdim=True), 1.0)
 
 
-def _nucleus_threshold(p_BV: Tensor, top_p_B1: Tensor) -> Tensor:
-    """The probability of the last of the fewest tokens whose mass reaches top-p, [B, 1]; 0 for rows without top-p."""
-    rising_BV = rising(p_BV)
-    mass_BV = rising_BV.cumsum(-1, dtype=torch.float64)
-    above_BV = mass_BV[:, -1:] - mass_BV
-    kept_B1 = (above_BV < top_p_B1).sum(-1, keepdim=True)
-    return rising_BV.gather(1, (p_BV.shape[1] - kept_B1).clamp_(max=p_BV.shape[1] - 1)) * (top_p_B1 > 0)
+def nucleus(p_BV: Tensor, top_p_B1: Tensor) -> Tensor:
+    """The probability of the last of the fewest tokens whose mass reaches top-p, [B, 1]; 0 if there is none."""
+    if p_BV.device.type == "cpu" and p_BV.dtype == torch.float32 and load_kernels():
+        return torch.ops.dspark.nucleus.default(p_BV, top_p_B1)
+    return nucleus_plain(p_BV, top_p_B1)
+
+
+def nucleus_plain(p_BV: Tensor, top_p_B1: Tensor) -> Tensor:
+    """The specification of the kernel: every row sorted, masses summed in float64 from the likeliest token down."""
+    falling_BV = rising(p_BV).flip(-1)
+    short_B1 = (falling_BV.cumsum(-1, dtype=torch.float64) < top_p_B1).sum(-1, keepdim=True)
+    reached_B1 = (short_B1 < p_BV.shape[1]) & (top_p_B1 > 0)
+    return falling_BV.gather(1, short_B1.clamp_(max=p_BV.shape[1] - 1)) * reached_B1
 
 
 def draw(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark.common.rng import ACCEPT, COUPLED, DRAFT, RESIDUAL, exponential_noise, uniform_array
+from dspark.common.rng import ACCEPT, COUPLED, DRAFT, RESIDUAL, exponential_noise
 from dspark.ops.rows import argmax
 from dspark.ops.sampling import draw, race
+from dspark.ops.uniforms import uniforms
 
 MAX_SLOTS = 1 << 12  # the slot's share of a counter
 
@@ -57,9 +58,9 @@ class RoundNoise:
         greedy = greedy if greedy is not None else [False] * requests
         if all(greedy):
             return cls(*_silence(requests, slots, torch.device(device)), [], seeds, positions, still=True)
-        uniforms = torch.from_numpy(_uniforms(seeds, counters, slots)).to(device)
+        numbers = uniforms(seeds, [counter << 12 for counter in counters], *_numbered(slots)).to(device)
         loud = [r for r in range(requests) if coupled[r] and not greedy[r]]
-        return cls(*_cut(uniforms, slots), loud, seeds, positions)
+        return cls(*_cut(numbers, slots), loud, seeds, positions)
 
     @property
     def chosen(self) -> bool:
@@ -130,10 +131,9 @@ def _cut(uniforms: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
     return uniforms[:, :slots], uniforms[:, slots : 2 * slots], uniforms[:, 2 * slots]
 
 
-def _uniforms(seeds: Sequence[int], counters: Sequence[int], slots: int) -> np.ndarray:
-    """Draft, accept and final uniforms side by side, float64 [R, 2K+1]."""
+@functools.lru_cache(maxsize=256)
+def _numbered(slots: int) -> tuple[list[int], list[int]]:
+    """Offsets and streams of a request's draft, accept and final numbers, side by side."""
     assert slots <= MAX_SLOTS
-    slot_K = np.arange(slots)
-    stream = np.concatenate([np.full(slots, DRAFT), np.full(slots, ACCEPT), [RESIDUAL]])
-    counter = (np.array(counters, dtype=np.int64)[:, None] << 12) + np.concatenate([slot_K, slot_K, [0]])
-    return uniform_array(np.array(seeds, dtype=np.int64)[:, None], counter, stream)
+    order = list(range(slots))
+    return [*order, *order, 0], [DRAFT] * slots + [ACCEPT] * slots + [RESIDUAL]

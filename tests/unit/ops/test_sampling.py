@@ -15,8 +15,8 @@ from transformers.generation.logits_process import (
 )
 
 from dspark.common.sampling_params import SamplingParams
-from dspark.ops.history import History
-from dspark.ops.sampling import Shaping, draw, race, shape
+from dspark.ops.history import Counted, History
+from dspark.ops.sampling import Shaping, draw, nucleus, nucleus_plain, race, shape
 
 V = 50
 
@@ -90,6 +90,20 @@ def test_looking_at_the_top_only_gives_what_sorting_gives(params, scale):
         assert torch.allclose(found[row], wanted / wanted.sum(), atol=1e-15)
 
 
+@pytest.mark.parametrize("width", [7, 4096])
+def test_the_kernels_nucleus_is_the_plain_one(width):
+    """Exactly: peaked, flat and tied rows, masses on a border, no top-p, rows short of the mass, no numbers."""
+    torch.manual_seed(0)
+    rows = [(torch.randn(width) * scale).softmax(0) for scale in (0.0, 0.01, 1.0, 3.0, 30.0)]
+    rows += [torch.zeros(width).index_fill(0, torch.arange(4), 0.25), torch.full((width,), 0.5 / width)]
+    rows += [torch.full((width,), float("nan"))]
+    for top_p in (0.0, 1e-9, 0.25, 0.5, 0.9, 0.999999, 1.0):
+        p_BV, top_p_B1 = torch.stack(rows), torch.full((len(rows), 1), top_p, dtype=torch.float64)
+        assert torch.equal(nucleus(p_BV, top_p_B1), nucleus_plain(p_BV, top_p_B1).nan_to_num())
+        for row, alone in enumerate(rows):
+            assert torch.equal(nucleus(alone[None], top_p_B1[:1])[0], nucleus(p_BV, top_p_B1)[row])
+
+
 def test_penalties_and_bias_by_hand():
     x = torch.tensor([[2.0, -2.0, 1.0, 0.5]], dtype=torch.float64)
     params = SamplingParams(
@@ -116,6 +130,16 @@ def test_dtypes():
             found = shape(logits(1).to(dtype), Shaping.of([params]))
             assert found.dtype == wanted
             assert float(found.sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_counts_that_follow_a_text_are_those_of_the_whole_text():
+    texts, wanted = [Counted([1, 2, 2], V), Counted([4], V)], History.of([[1, 2, 2], [4]], [[3, 3, 1, 3], [9]], V)
+    for tokens in ([3], [3, 1], [], [3]):
+        texts[0].follow(tokens)
+    texts[1].follow([9])
+    found = Counted.together(texts)
+    assert torch.equal(found.prompt_BV, wanted.prompt_BV) and torch.equal(found.output_BV, wanted.output_BV)
+    assert [text.counted for text in texts] == [4, 1]
 
 
 def test_history_counts_the_drafts_before_each_row():

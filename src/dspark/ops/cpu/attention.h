@@ -1,8 +1,10 @@
 // Attention of ragged queries over pages.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
+#include "products.h"
 #include "team.h"
 #include "vectors.h"
 
@@ -32,27 +34,33 @@ inline void exchange(Vec* row) {  // one stage of a 16x16 transpose: swaps lanes
     }
 }
 
-// rows[16][size] -> columns[size][16]; size is a multiple of 16.
-inline void transpose(const float* rows, float* columns, int64_t size) {
-  for (int64_t j = 0; j < size; j += LANES) {
+// Sixteen rows of `size` values side by side: columns[size/STEP][16][STEP], the layout of a tile of weights.
+template <typename Scalar>
+inline void transpose(const Scalar* const* rows, Scalar* columns, int64_t size) {
+  constexpr int64_t WIDE = LANES * Packed<Scalar>::STEP;  // values in a vector
+  for (int64_t j = 0; j < size; j += WIDE) {
     Vec tile[LANES];
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) tile[i] = load(rows + i * size + j);
+    for (int i = 0; i < LANES; ++i) std::memcpy(&tile[i], rows[i] + j, sizeof tile[i]);
     exchange<8>(tile), exchange<4>(tile), exchange<2>(tile), exchange<1>(tile);
     std::memcpy(columns + j * LANES, tile, sizeof tile);
   }
 }
 
-// score[N] rows against 16 keys: columns[size][16] are the keys, transposed.
-template <int N>
-inline void score_rows(const float* query, const float* columns, int64_t size, float* score, int64_t stride) {
-  Vec acc[N] = {};
-  for (int64_t j = 0; j < size; ++j) {
-    const Vec keys = load(columns + j * LANES);
+// score[N] rows against 16 keys, which lie as columns.
+template <int N, typename Scalar>
+inline void score_rows(const Scalar* query, const Scalar* columns, int64_t size, float scale, float* score, int64_t stride) {
+  using P = Packed<Scalar>;
+  Vec even[N] = {}, odd[N] = {};  // two sums, for one alone would wait for itself
+  for (int64_t j = 0; j < size; j += 2 * P::STEP) {
+    const auto keys = P::weights(columns + j * LANES), more = P::weights(columns + (j + P::STEP) * LANES);
 #pragma GCC unroll 8
-    for (int r = 0; r < N; ++r) acc[r] += keys * query[r * size + j];
+    for (int r = 0; r < N; ++r) {
+      P::multiply(even[r], keys, query + r * size + j);
+      P::multiply(odd[r], more, query + r * size + j + P::STEP);
+    }
   }
-  for (int r = 0; r < N; ++r) std::memcpy(score + r * stride, &acc[r], sizeof acc[r]);
+  for (int r = 0; r < N; ++r) put(score + r * stride, (even[r] + odd[r]) * scale);
 }
 
 // result[N] rows += weight[N][count] times values[count][size], 16·P of the columns at a time.
@@ -83,48 +91,112 @@ void add_columns(const float* weight, int64_t stride, const float* values, int64
   for (; j < size; j += LANES) add_values<N, 1>(weight, stride, values + j, count, size, result + j);
 }
 
+// Memory of one thread's attention, kept between calls: a call is shorter than asking for it.
+struct Room {
+  std::vector<float> numbers;
+  std::vector<char> bytes;
+
+  float* floats(size_t count) { return numbers.resize(std::max(numbers.size(), count)), numbers.data(); }
+
+  template <typename Kind>
+  Kind* of(size_t count) {
+    bytes.resize(std::max(bytes.size(), count * sizeof(Kind) + 64));
+    return reinterpret_cast<Kind*>((reinterpret_cast<uintptr_t>(bytes.data()) + 63) / 64 * 64);
+  }
+};
+
+// Where the rows of keys or values of one sequence and one head lie: in the pages, then beside the queries.
+template <typename Scalar>
+struct Rows16 {
+  const Scalar *pool, *fresh;
+  const int32_t* table;
+  int64_t page_size, context, stride;  // of a token's row
+
+  // The rows of keys base .. base + count, then `none`.
+  void at(int64_t base, int64_t count, const Scalar* none, const Scalar** rows) const {
+    int64_t page = base / page_size, offset = base % page_size;
+    for (int64_t lane = 0; lane < LANES; ++lane, ++offset) {
+      if (offset == page_size) ++page, offset = 0;
+      const int64_t key = base + lane;
+      rows[lane] = lane >= count   ? none
+                   : key < context ? pool + (int64_t(table[page]) * page_size + offset) * stride
+                                   : fresh + (key - context) * stride;
+    }
+  }
+};
+
+// Pages are scattered: nobody else fetches their rows before they are read.
+template <typename Scalar>
+inline void fetch(const Scalar* const* rows, int64_t count, int64_t size) {
+  for (int64_t lane = 0; lane < count; ++lane)
+    for (int64_t byte = 0; byte < size * int64_t(sizeof(Scalar)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(rows[lane]) + byte);
+}
+
+template <typename Scalar>
+inline void widen_row(const Scalar* row, float* to, int64_t size) {
+  int64_t j = 0;
+  if constexpr (!std::is_same_v<Scalar, at::Half>)
+    for (; j + LANES <= size; j += LANES) put(to + j, wide(row + j));
+  for (; j < size; ++j) to[j] = widen(row[j]);
+}
+
 // Queries [first, last) of one sequence against one key/value head. Keys come in blocks of 16 at absolute multiples of
 // 16, transposed so that a lane is a key: every score and every sum has an order that only its own position decides.
 template <typename Scalar>
 void attend(const Scalar* q, const Scalar* k, const Scalar* v, const Scalar* pool_k, const Scalar* pool_v,
             const int32_t* table, Scalar* out, const Shape& s, int64_t start, int64_t own, int64_t context,
             int64_t group, int64_t first, int64_t last) {
+  using Kept = std::conditional_t<std::is_same_v<Scalar, at::Half>, float, Scalar>;  // what scores are made of
+  constexpr int64_t WIDE = LANES * Packed<Kept>::STEP;
   const int64_t per = s.heads / s.groups, rows = (last - first) * per, keys = context + own;
-  const int64_t dk = (s.key_size + LANES - 1) / LANES * LANES, dv = (s.value_size + LANES - 1) / LANES * LANES;
+  const int64_t dk = (s.key_size + WIDE - 1) / WIDE * WIDE, dv = (s.value_size + LANES - 1) / LANES * LANES;
   const int64_t oldest = s.window > 0 ? std::max<int64_t>(0, context + first - s.window + 1) : 0;
   const int64_t newest = s.causal ? context + last : keys;
   const int64_t from = oldest / LANES * LANES, width = (newest - from + LANES - 1) / LANES * LANES;
-  thread_local std::vector<float> query, score, result, total, block, columns;  // kept: a call is shorter than its memory
-  query.assign(rows * dk, 0.0f), result.assign(rows * dv, 0.0f), block.assign(LANES * std::max(dk, dv), 0.0f);
-  score.resize(rows * width), total.resize(rows), columns.resize(LANES * dk);
+  const bool straight = std::is_same_v<Scalar, Kept> && dk == s.key_size;  // rows can be read where they lie
+  thread_local Room room;
+  float* const score = room.floats(rows * (width + dv + 1) + LANES * dv);
+  float *const result = score + rows * width, *const block = result + rows * dv, *const total = block + LANES * dv;
+  Kept* const query = room.of<Kept>((rows + LANES + 1 + LANES) * dk);
+  Kept *const columns = query + rows * dk, *const copies = columns + LANES * dk, *const none = copies + LANES * dk;
+  std::fill(result, result + rows * dv, 0.0f);
+  std::fill(copies, none + dk, Kept(0));
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t token = start + first + i / per, head = group * per + i % per;
-    const Scalar* row = q + (token * s.heads + head) * s.key_size;
-    for (int64_t j = 0; j < s.key_size; ++j) query[i * dk + j] = widen(row[j]) * s.scale;
+    const Scalar* row = q + ((start + first + i / per) * s.heads + group * per + i % per) * s.key_size;
+    for (int64_t j = 0; j < dk; ++j) query[i * dk + j] = j < s.key_size ? static_cast<Kept>(row[j]) : Kept(0);
   }
-  auto fill = [&](const Scalar* pool, const Scalar* fresh, int64_t base, int64_t count, int64_t size, int64_t padded) {
-    for (int64_t lane = 0; lane < count; ++lane) {
-      const int64_t key = base + lane;
-      const Scalar* row = fresh + ((start + key - context) * s.groups + group) * size;
-      if (key < context) {
-        const int64_t slot = int64_t(table[key / s.page_size]) * s.page_size + key % s.page_size;
-        row = pool + (slot * s.groups + group) * size;
-      }
-      for (int64_t j = 0; j < size; ++j) block[lane * padded + j] = widen(row[j]);
-    }
+  const auto rows_of = [&](const Scalar* pool, const Scalar* fresh, int64_t size) {
+    return Rows16<Scalar>{pool + group * size, fresh + (start * s.groups + group) * size, table, s.page_size, context,
+                          s.groups * size};
   };
+  const Rows16<Scalar> key_rows = rows_of(pool_k, k, s.key_size), value_rows = rows_of(pool_v, v, s.value_size);
+  const Scalar* found[LANES];
   for (int64_t base = from; base < newest; base += LANES) {
     const int64_t count = std::min(LANES, newest - base);
-    fill(pool_k, k, base, count, s.key_size, dk);
-    transpose(block.data(), columns.data(), dk);
-    float* line = score.data() + base - from;
+    if (const int64_t next = base + 2 * LANES; next < newest) {
+      key_rows.at(next, std::min(LANES, newest - next), nullptr, found);
+      fetch(found, std::min(LANES, newest - next), s.key_size);
+    }
+    value_rows.at(base, count, nullptr, found);
+    fetch(found, count, s.value_size);
+    key_rows.at(base, count, nullptr, found);
+    const Kept* side[LANES];
+    for (int64_t lane = 0; lane < LANES; ++lane) {
+      side[lane] = lane < count ? copies + lane * dk : none;
+      if (lane >= count) continue;
+      if (straight) side[lane] = reinterpret_cast<const Kept*>(found[lane]);
+      else for (int64_t j = 0; j < s.key_size; ++j) copies[lane * dk + j] = static_cast<Kept>(found[lane][j]);
+    }
+    transpose(side, columns, dk);
+    float* line = score + base - from;
     int64_t i = 0;
-    for (; i + 8 <= rows; i += 8) score_rows<8>(&query[i * dk], columns.data(), dk, line + i * width, width);
-    for (; i + 2 <= rows; i += 2) score_rows<2>(&query[i * dk], columns.data(), dk, line + i * width, width);
-    for (; i < rows; ++i) score_rows<1>(&query[i * dk], columns.data(), dk, line + i * width, width);
+    for (; i + 8 <= rows; i += 8) score_rows<8>(query + i * dk, columns, dk, s.scale, line + i * width, width);
+    for (; i + 2 <= rows; i += 2) score_rows<2>(query + i * dk, columns, dk, s.scale, line + i * width, width);
+    for (; i < rows; ++i) score_rows<1>(query + i * dk, columns, dk, s.scale, line + i * width, width);
   }
   for (int64_t i = 0; i < rows; ++i) {
-    float* line = &score[i * width];
+    float* line = score + i * width;
     const int64_t position = context + first + i / per, end = s.causal ? std::min(newest, position + 1) : newest;
     if (s.softcap > 0)
       for (int64_t key = 0; key < width; ++key) line[key] = s.softcap * std::tanh(line[key] / s.softcap);
@@ -145,20 +217,22 @@ void attend(const Scalar* q, const Scalar* k, const Scalar* v, const Scalar* poo
     total[i] = 0;
     for (int lane = 0; lane < LANES; ++lane) total[i] += sums[lane];
   }
-  std::fill(block.begin(), block.end(), 0.0f);
+  if (dv > s.value_size) std::fill(block, block + LANES * dv, 0.0f);
   for (int64_t base = from; base < newest; base += LANES) {
     const int64_t count = std::min(LANES, newest - base);
-    fill(pool_v, v, base, count, s.value_size, dv);
-    const float* weight = score.data() + base - from;
+    value_rows.at(base, count, nullptr, found);
+    for (int64_t lane = 0; lane < count; ++lane) widen_row(found[lane], block + lane * dv, s.value_size);
+    const float* weight = score + base - from;
     int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) add_columns<4>(weight + i * width, width, block.data(), count, dv, &result[i * dv]);
-    for (; i + 2 <= rows; i += 2) add_columns<2>(weight + i * width, width, block.data(), count, dv, &result[i * dv]);
-    for (; i < rows; ++i) add_columns<1>(weight + i * width, width, block.data(), count, dv, &result[i * dv]);
+    for (; i + 4 <= rows; i += 4) add_columns<4>(weight + i * width, width, block, count, dv, result + i * dv);
+    for (; i + 2 <= rows; i += 2) add_columns<2>(weight + i * width, width, block, count, dv, result + i * dv);
+    for (; i < rows; ++i) add_columns<1>(weight + i * width, width, block, count, dv, result + i * dv);
   }
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t token = start + first + i / per, head = group * per + i % per;
     Scalar* to = out + (token * s.heads + head) * s.value_size;
-    for (int64_t j = 0; j < s.value_size; ++j) to[j] = static_cast<Scalar>(result[i * dv + j] / total[i]);
+    const float share = 1.0f / total[i];
+    for (int64_t j = 0; j < s.value_size; ++j) to[j] = static_cast<Scalar>(result[i * dv + j] * share);
   }
 }
 

@@ -31,10 +31,20 @@ inline float peak_of(const float* x, int64_t count) {
   return peak;
 }
 
+inline bool has(Vec x, float value) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(value), _CMP_EQ_OQ) != 0;
+#else
+  for (int64_t i = 0; i < LANES; ++i)
+    if (x[i] == value) return true;
+  return false;
+#endif
+}
+
 // Where `value` first stands in x[count]; `none` where it does not.
 inline int64_t first_of(const float* x, int64_t count, float value, int64_t none, int64_t start = 0) {
   for (int64_t i = start; i < count; i += LANES) {
-    if (i + LANES <= count && peak_of(x + i, LANES) != value) continue;
+    if (i + LANES <= count && !has(load(x + i), value)) continue;
     for (int64_t lane = i; lane < std::min(i + LANES, count); ++lane)
       if (x[lane] == value) return lane;
   }

@@ -13,6 +13,7 @@
 #include "decoder.h"
 #include "drafting.h"
 #include "products.h"
+#include "sampling.h"
 #include "verdict.h"
 
 TORCH_LIBRARY_FRAGMENT(dspark, library) {
@@ -37,10 +38,14 @@ TORCH_LIBRARY_FRAGMENT(dspark, library) {
   library.def(
       "draft_block(Tensor anchor, Tensor position, Tensor table, int width, int mask, Tensor[] pools, Tensor parts, "
       "Tensor[] shared, int[] sizes, float[] numbers) -> (Tensor, Tensor)");
+  library.def("uniforms(int[] seeds, int[] counters, int[] offsets, int[] streams) -> Tensor");
+  library.def("nucleus(Tensor probability, Tensor top_p) -> Tensor");
   library.def(
       "verdict(Tensor logits, int[] plan, Tensor token, Tensor q, Tensor temperature, Tensor accept, Tensor final_u) "
       "-> (Tensor, Tensor)");
 }
+
+TORCH_LIBRARY_IMPL(dspark, CompositeExplicitAutograd, library) { library.impl("uniforms", uniforms); }
 
 TORCH_LIBRARY_IMPL(dspark, CPU, library) {
   library.impl("linear", linear);
@@ -52,6 +57,7 @@ TORCH_LIBRARY_IMPL(dspark, CPU, library) {
   library.impl("decoder", decoder);
   library.impl("draft_context", draft_context);
   library.impl("draft_block", draft_block);
+  library.impl("nucleus", nucleus);
   library.impl("verdict", verdict);
 }
 

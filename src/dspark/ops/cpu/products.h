@@ -96,10 +96,11 @@ template <typename Scalar, typename Finish>
 void multiply(const Scalar* x, int64_t T, int64_t K, const Scalar* w, int64_t begin, int64_t end, const Finish& finish) {
   alignas(64) float sums[ROWS * STEP_TILES * LANES];
   for (int64_t tile = begin; tile < end;) {
-    const int64_t left = end - tile, step = left == 4 ? 2 : std::min(STEP_TILES, left);
+    const int64_t left = end - tile, step = T == 1 && left >= 6 ? 6 : left == 4 ? 2 : std::min(STEP_TILES, left);
     for (int64_t t = 0; t < T; t += ROWS) {
       const int64_t M = std::min(ROWS, T - t);
-      if (step == 3) rows<Scalar, 3>(M, x + t * K, w, K, tile, sums);
+      if (step == 6) product<Scalar, 1, 6>(x, w, K, tile, sums);
+      else if (step == 3) rows<Scalar, 3>(M, x + t * K, w, K, tile, sums);
       else if (step == 2) rows<Scalar, 2>(M, x + t * K, w, K, tile, sums);
       else rows<Scalar, 1>(M, x + t * K, w, K, tile, sums);
       for (int64_t m = 0; m < M; ++m)

@@ -12,7 +12,7 @@
 #include <cstring>
 #include <optional>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
