@@ -71,10 +71,14 @@ class Body(nn.Module):
         self._context.prepare((taps_TD, order_T + 9, order_T, *pools))  # positions that are not the slots
         return self._block, self._context
 
-    @torch.inference_mode()
     def extend(self, batch: Ragged, taps_TD: Tensor) -> None:
         """Project the taps of a forward's rows to every layer's keys and values and store them."""
-        self._context(taps_TD, batch.position_T, batch.slot_T, *flat(self.pools))
+        self.extend_rows(taps_TD, batch.position_T, batch.slot_T)
+
+    @torch.inference_mode()
+    def extend_rows(self, taps_TD: Tensor, position_T: Tensor, slot_T: Tensor) -> None:
+        """The same, of rows by their positions and slots."""
+        self._context(taps_TD, position_T, slot_T, *flat(self.pools))
 
     def ids(self, anchor: Tensor, slots: int) -> Tensor:
         """Input tokens [..., slots (+1)]: the anchor, then the mask token."""

@@ -14,6 +14,7 @@ from dspark.drafters.base import Draft, DraftContext, TokenSampler
 from dspark.drafters.body import Body, certainty
 from dspark.drafters.heads import ConfidenceHead, VanillaMarkov
 from dspark.drafters.lesson import Blocks, Lesson, following
+from dspark.drafters.native import NativeRound, Rows, stack_of
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 from dspark.ops.chain import Tempered, draft_chain
@@ -49,6 +50,8 @@ class DSpark(nn.Module):
         self.block_size = block_size
         self.markov_top_k = markov_top_k
         self.packed_w2: Tensor | None = None
+        self._round: NativeRound | None = None
+        self._pending: Rows | tuple[()] = ()  # rows that the next round takes with it
 
     def pack(self) -> None:
         """Put weights into the CPU kernels' layout, where there is one; the sequential head's are read by rows too."""
@@ -59,16 +62,34 @@ class DSpark(nn.Module):
 
     def allocate(self, pages: int, page_size: int) -> None:
         self.body.allocate(pages, page_size)
+        self._round, self._pending = None, ()
 
     def compile_forwards(self) -> Sequence[SwappableGraph]:
-        return self.body.compile_forwards()
+        graphs = self.body.compile_forwards()
+        stack, head, packed = stack_of(self.body), self.confidence_head, self.packed_w2
+        if all(graph.native for graph in graphs) and stack is not None and head is not None and packed is not None:
+            self._round = None if self.body.skip else NativeRound(self.body, stack, self.markov_head, head, packed)
+        return graphs
 
     def extend(self, batch: Ragged, taps_TD: Tensor | None) -> None:
         assert taps_TD is not None, "DSpark reads the target's hidden states"
-        self.body.extend(batch, taps_TD)
+        self._catch_up()
+        if self._round is None:
+            self.body.extend(batch, taps_TD)
+        else:
+            self._pending = (taps_TD, batch.position_T, batch.slot_T)
+
+    def _catch_up(self) -> None:
+        if self._pending:
+            self.body.extend_rows(*self._pending)
+            self._pending = ()
 
     @torch.inference_mode()
     def propose(self, context: DraftContext) -> Draft:
+        if self._round is not None and context.tempered is not None:
+            pending, self._pending = self._pending, ()
+            return self._round(pending, context, context.tempered)
+        self._catch_up()
         hidden_RKD, base_RKV = self.body.draft(context)
         head = self.confidence_head
         if context.tempered is not None and head is not None and type(self.markov_head) is VanillaMarkov:

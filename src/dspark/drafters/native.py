@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from dspark.drafters.base import Draft, DraftContext
 from dspark.models.compiled import Forward
 from dspark.models.native import Stack
+from dspark.ops.chain import Tempered
 from dspark.ops.linear import PackedLinear
 
 if TYPE_CHECKING:
     from dspark.drafters.body import Body
+    from dspark.drafters.heads import ConfidenceHead, VanillaMarkov
+
+Rows = tuple[Tensor, Tensor, Tensor]
+"""Taps, positions and slots of rows that the context has not taken yet."""
 
 
 def stack_of(body: Body) -> Stack | None:
@@ -95,6 +101,44 @@ def native_context(body: Body) -> Forward | None:
         return (slot_T + 1,)
 
     return forward
+
+
+class NativeRound:
+    """A whole round of DSpark in one kernel: pending rows into the context, a block, its tokens one by one."""
+
+    def __init__(
+        self, body: Body, stack: Stack, markov: VanillaMarkov, confidence: ConfidenceHead, packed_w2: Tensor
+    ) -> None:
+        backbone, rank = body.backbone, markov.markov_w1.weight.shape[1]
+        seen, bias = confidence.proj.weight[0].float(), confidence.proj.bias.float()
+        unseen = seen.new_zeros(0 if confidence.rank else rank)
+        self.stack, self.mask = stack, body.mask_token_id
+        self.pools = [*(key for key, _ in body.pools), *(value for _, value in body.pools)]
+        self.context = (backbone.fc.get_buffer("packed"), backbone.hidden_norm.weight)
+        self.head = (markov.markov_w1.weight, packed_w2)
+        self.seen = torch.cat((seen, unseen, bias))
+
+    def __call__(self, pending: Rows | tuple[()], context: DraftContext, tempered: Tempered) -> Draft:
+        """What `extend` of the pending rows and then `propose` do."""
+        stack = self.stack
+        token_RK, law_RKV, confidence_RK = torch.ops.dspark.draft_round.default(
+            pending,
+            *self.context,
+            context.anchor_R,
+            context.position_R,
+            context.page_table_RP,
+            self.mask,
+            *self.head,
+            tempered.temperature_R,
+            tempered.uniform_RK,
+            self.seen,
+            self.pools,
+            stack.parts,
+            stack.shared(len(self.pools[0])),
+            stack.sizes,
+            stack.numbers,
+        )
+        return Draft(token_RK, law_RKV, confidence_RK, [context.slots] * len(context.request_ids))
 
 
 def _packed(linear: nn.Module) -> bool:

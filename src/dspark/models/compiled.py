@@ -81,6 +81,7 @@ class SwappableGraph:
         self.status = "eager"  # then compiling, then compiled or failed
         self._run: Forward = module
         self._native = native
+        self.native = False  # whether kernels run it, rather than a compiled graph or the module
         self._thread: threading.Thread | None = None
 
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
@@ -99,6 +100,7 @@ class SwappableGraph:
         want = _results(self.module, example)
         if self._native is not None and (run := self._native()) is not None:
             self._take(run, example, want)
+            self.native = True
             return
         path = cache_directory() / f"graph-{self.key}.pt2"
         if path.is_file():

@@ -4,9 +4,14 @@ import pytest
 import torch
 
 from dspark.drafters.backbone import Backbone
+from dspark.drafters.base import DraftContext
 from dspark.drafters.body import Body
+from dspark.drafters.dspark import DSpark
+from dspark.drafters.heads import ConfidenceHead, VanillaMarkov
 from dspark.drafters.layers import BackboneConfig
 from dspark.drafters.native import native_block, native_context
+from dspark.models.batch import Ragged
+from dspark.ops.chain import Tempered
 from dspark.ops.cpu import load_kernels
 from dspark.ops.linear import pack_linears
 
@@ -62,6 +67,47 @@ def test_the_forwards_of_a_block_drafter_equal_their_modules(dtype, options):
     assert_near(written[1], written[0], DTYPES[dtype])
     inputs = (torch.tensor([4, 8]), torch.tensor([7, 13]), table_RP, torch.arange(5), *written[0])
     assert_near(block(*inputs), drafter._block.module(*inputs), DTYPES[dtype])
+
+
+def drafter_of(dtype, rank, *, native):
+    made = body(dtype)
+    torch.manual_seed(2)
+    markov, confidence = VanillaMarkov(90, rank, 48).to(dtype), ConfidenceHead(48, rank).to(dtype)
+    drafter = DSpark(made, markov, confidence, taps=(0, 1), block_size=5).eval().requires_grad_(False)
+    drafter.pack()
+    drafter.allocate(40, PAGE)
+    if native:
+        drafter.compile_forwards()
+        assert drafter._round is not None
+    return drafter
+
+
+def two_rounds(drafter, temperature):
+    """A context of 7 and 13 tokens, a round, three rows more, and a round that needs them."""
+    torch.manual_seed(3)
+    table_RP = torch.arange(1, 15, dtype=torch.int32).view(2, 7)
+    drafts = []
+    for rows, start in (((7, 13), (0, 0)), ((2, 1), (7, 13))):
+        position = [torch.arange(s, s + n) for n, s in zip(rows, start, strict=True)]
+        slot = [table_RP[r][p // PAGE].long() * PAGE + p % PAGE for r, p in enumerate(position)]
+        taps_TD = torch.randn(sum(rows), 96).to(drafter.markov_head.markov_w1.weight.dtype)
+        batch = Ragged(torch.zeros(0), torch.cat(position), torch.cat(slot), table_RP, torch.zeros(0), torch.zeros(0))
+        drafter.extend(batch, taps_TD)
+        tempered = Tempered(torch.tensor(temperature).double(), torch.rand(2, 5).double())
+        ends = torch.tensor([s + n for n, s in zip(rows, start, strict=True)])
+        context = DraftContext(torch.tensor([4, 8]), ends, table_RP, 5, [0, 1], [], None, tempered)
+        drafts.append(drafter.propose(context))
+    return drafts
+
+
+@pytest.mark.parametrize("temperature", [(0.0, 0.0), (1.0, 0.7), (0.0, 1.0)], ids=str)
+@pytest.mark.parametrize("rank", [16, 24])
+def test_a_round_by_one_kernel_is_extend_block_and_chain(rank, temperature):
+    wanted = two_rounds(drafter_of(torch.float32, rank, native=False), temperature)
+    for got, want in zip(two_rounds(drafter_of(torch.float32, rank, native=True), temperature), wanted, strict=True):
+        assert torch.equal(got.token_RK, want.token_RK) and got.length_R == want.length_R
+        torch.testing.assert_close(got.probability_RKV, want.probability_RKV, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(got.confidence_RK, want.confidence_RK, rtol=1e-4, atol=1e-6)
 
 
 def test_a_drafter_of_another_block_is_left_to_the_compiler():

@@ -169,6 +169,7 @@ struct WholeChain {
   int64_t* token;
   float *q, *confidence;
   Team& team;
+  int64_t apart = 1;  // distance of two requests' anchors
   int64_t stride = (V + LANES - 1) / LANES * LANES, padded = (rank + LANES - 1) / LANES * LANES;
   std::vector<float> logit = std::vector<float>(R * stride, -INFINITY), peak = std::vector<float>(R * PARTS);
   std::vector<double> total = std::vector<double>(R * PARTS);
@@ -180,7 +181,8 @@ struct WholeChain {
   void run(int64_t id) {
     const Share parts(PARTS, id, team.size);
     const bool drawn = std::any_of(temperature, temperature + R, [](double heat) { return heat > 0; });
-    std::vector<int64_t> previous(anchor, anchor + R);
+    std::vector<int64_t> previous(R);
+    for (int64_t r = 0; r < R; ++r) previous[r] = anchor[r * apart];
     std::vector<Scalar> embedding(R * rank);
     for (int64_t k = 0; k < K; ++k) {
       for (int64_t r = 0; r < R; ++r) std::copy_n(w1 + previous[r] * rank, rank, embedding.begin() + r * rank);

@@ -1,6 +1,7 @@
 // The two forwards of a block drafter (DSpark, DFlash): its context's keys and values, and one block over that context.
 #pragma once
 
+#include "chain.h"
 #include "decoder.h"
 
 namespace {
@@ -77,37 +78,143 @@ void draft_context(const Tensor& taps, const Tensor& position, const Tensor& slo
   else run_all(at::BFloat16{});
 }
 
-// Final hidden states [R, W, D] and base logits [R, W, V] of a block of W inputs a request: its anchor, then masks.
+// The inputs of one block a request: its anchor, then masks.
+struct Block {
+  int64_t R, width, T;
+  std::vector<int64_t> tokens, places;
+  std::vector<int32_t> cu, context;
+
+  Block(const Tensor& anchor, const Tensor& position, int64_t width, int64_t mask)
+      : R(anchor.size(0)), width(width), T(R * width), tokens(T, mask), places(T), cu(R + 1), context(R) {
+    const int64_t *anchors = anchor.const_data_ptr<int64_t>(), *positions = position.const_data_ptr<int64_t>();
+    for (int64_t r = 0; r < R; ++r) {
+      tokens[r * width] = anchors[r];
+      for (int64_t i = 0; i < width; ++i) places[r * width + i] = positions[r] + i;
+      cu[r + 1] = (r + 1) * width, context[r] = positions[r];
+    }
+  }
+
+  template <typename Scalar>
+  Rows<Scalar> rows(const Tensor& table) const {
+    return {T, R, table.size(1), tokens.data(), places.data(), nullptr, table.const_data_ptr<int32_t>(), cu.data(),
+            context.data()};
+  }
+};
+
+// Final hidden states [R, W, D] and base logits [R, W, V] of a block of W inputs a request.
 std::tuple<Tensor, Tensor> draft_block(const Tensor& anchor, const Tensor& position, const Tensor& table, int64_t width,
                                        int64_t mask, at::TensorList pools, const Tensor& parts, at::TensorList shared,
                                        at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
   const Sizes s = sizes_of(sizes, numbers, false);
-  const int64_t R = anchor.size(0), T = R * width;
-  Tensor hidden = at::empty({R, width, s.D}, pools[0].options()), base = at::empty({R, width, s.V}, pools[0].options());
+  const Block block(anchor, position, width, mask);
+  Tensor hidden = at::empty({block.R, width, s.D}, pools[0].options());
+  Tensor base = at::empty({block.R, width, s.V}, pools[0].options());
   const Tensor pages = table.contiguous();
-  const int64_t *anchors = anchor.const_data_ptr<int64_t>(), *positions = position.const_data_ptr<int64_t>();
-  std::vector<int64_t> tokens(T, mask), places(T);
-  std::vector<int32_t> cu(R + 1), context(R);
-  for (int64_t r = 0; r < R; ++r) {
-    tokens[r * width] = anchors[r];
-    for (int64_t i = 0; i < width; ++i) places[r * width + i] = positions[r] + i;
-    cu[r + 1] = (r + 1) * width, context[r] = positions[r];
-  }
-  check_positions(places.data(), T, shared[3]);
+  check_positions(block.places.data(), block.T, shared[3]);
   auto run_all = [&]<typename Scalar>(Scalar) {
     const Weights<Scalar> w = weights_of<Scalar>(pools, parts, shared);
-    const Rows<Scalar> in{T, R, table.size(1), tokens.data(), places.data(), nullptr,
-                          pages.const_data_ptr<int32_t>(), cu.data(), context.data()};
+    const Rows<Scalar> in = block.rows<Scalar>(pages);
     Team team;
     Decoder<Scalar> decoder(s, w, in, team);
     team.run([&](int64_t id) {
       decoder.run(id, {}, nullptr);
-      decoder.finish(id, nullptr, T, hidden.data_ptr<Scalar>(), base.data_ptr<Scalar>());
+      decoder.finish(id, nullptr, block.T, hidden.data_ptr<Scalar>(), base.data_ptr<Scalar>());
     });
   };
   if (hidden.scalar_type() == at::kFloat) run_all(float{});
   else run_all(at::BFloat16{});
   return {hidden, base};
+}
+
+// The sequential head as one round needs it; `seen` is the confidence head's row [D + r], its bias behind it.
+struct Head {
+  const Tensor &w1, &packed, &temperature, &uniform, &seen;
+};
+
+// A whole round of DSpark in one region: pending rows into the context, one block, its tokens one by one. Returns tokens
+// [R, K], the laws they were drawn from [R, K, V] and confidences [R, K]. (DSpark, eqs. 4-7)
+template <typename Scalar>
+class DraftRound {
+ public:
+  DraftRound(const Sizes& s, const Weights<Scalar>& w, const Rows<Scalar>& block, const Head& head, int64_t K, Team& team)
+      : s(s), K(K), R(block.R), rank(head.w1.size(1)), team(team), decoder(s, w, block, team),
+        token(at::empty({R, K}, at::kLong)), q(at::zeros({R, K, s.V}, at::kFloat)), confidence(at::empty({R, K}, at::kFloat)),
+        hidden(new Scalar[R * K * s.D]), base(new Scalar[R * K * s.V]), seen(head.seen.const_data_ptr<float>()),
+        confidence_w((rank + LANES - 1) / LANES * LANES, 0.0f),
+        chain{base.get(), head.w1.const_data_ptr<Scalar>(), head.packed.const_data_ptr<Scalar>(), block.token,
+              head.temperature.const_data_ptr<double>(), head.uniform.const_data_ptr<double>(), confidence_w.data(),
+              R, K, s.V, rank, token.data_ptr<int64_t>(), q.data_ptr<float>(), confidence.data_ptr<float>(), team} {
+    std::copy_n(seen + s.D, rank, confidence_w.begin());
+    chain.apart = K;
+  }
+
+  // Every thread calls this with its number.
+  void run(int64_t id) {
+    decoder.run(id, {}, nullptr);
+    decoder.finish(id, nullptr, R * K, hidden.get(), base.get());
+    team.meet();
+    float* sure = confidence.data_ptr<float>();
+    const Share mine(R * K, id, team.size);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      Vec sums = Vec{};
+      for (int64_t j = 0; j < s.D; j += LANES) sums += wide(hidden.get() + i * s.D + j) * load(seen + j);
+      sure[i] = block_sum(reinterpret_cast<const float*>(&sums)) + seen[s.D + rank];
+    }
+    team.meet();
+    chain.run(id);
+    for (int64_t i = mine.begin; i < mine.end; ++i) sure[i] = 1.0f / (1.0f + std::exp(-sure[i]));
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> result() const { return {token, q, confidence}; }
+
+ private:
+  const Sizes& s;
+  const int64_t K, R, rank;
+  Team& team;
+  Decoder<Scalar> decoder;
+  Tensor token, q, confidence;
+  std::unique_ptr<Scalar[]> hidden, base;
+  const float* seen;
+  std::vector<float> confidence_w;
+  WholeChain<Scalar> chain;
+};
+
+std::tuple<Tensor, Tensor, Tensor> draft_round(at::TensorList pending, const Tensor& fc, const Tensor& context_norm,
+                                               const Tensor& anchor, const Tensor& position, const Tensor& table,
+                                               int64_t mask, const Tensor& w1, const Tensor& packed,
+                                               const Tensor& temperature, const Tensor& uniform, const Tensor& seen,
+                                               at::TensorList pools, const Tensor& parts, at::TensorList shared,
+                                               at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
+  const Sizes s = sizes_of(sizes, numbers, false);
+  const Tensor uniforms = uniform.contiguous(), heats = temperature.contiguous(), pages = table.contiguous();
+  const Block block(anchor, position, uniforms.size(1), mask);
+  check_positions(block.places.data(), block.T, shared[3]);
+  if (!pending.empty()) check_positions(pending[1].const_data_ptr<int64_t>(), pending[1].size(0), shared[3]);
+  std::tuple<Tensor, Tensor, Tensor> result;
+  auto run_all = [&]<typename Scalar>(Scalar) {
+    const Weights<Scalar> w = weights_of<Scalar>(pools, parts, shared);
+    Weights<Scalar> of_context = w;
+    of_context.norm = context_norm.const_data_ptr<Scalar>();
+    const Rows<Scalar> in = block.rows<Scalar>(pages);
+    Team team;
+    DraftRound<Scalar> round(s, w, in, {w1, packed, heats, uniforms, seen}, block.width, team);
+    std::optional<Context<Scalar>> context;
+    Rows<Scalar> late;
+    if (!pending.empty()) {
+      late = {pending[1].size(0), 0, 0, nullptr, pending[1].const_data_ptr<int64_t>(),
+              pending[2].const_data_ptr<int64_t>(), nullptr, nullptr, nullptr};
+      context.emplace(s, of_context, late, pending[0].const_data_ptr<Scalar>(), pending[0].size(1),
+                      fc.const_data_ptr<Scalar>(), team);
+    }
+    team.run([&](int64_t id) {
+      if (context) context->run(id), team.meet();
+      round.run(id);
+    });
+    result = round.result();
+  };
+  if (w1.scalar_type() == at::kFloat) run_all(float{});
+  else run_all(at::BFloat16{});
+  return result;
 }
 
 }  // namespace

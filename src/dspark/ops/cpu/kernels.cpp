@@ -38,6 +38,10 @@ TORCH_LIBRARY_FRAGMENT(dspark, library) {
   library.def(
       "draft_block(Tensor anchor, Tensor position, Tensor table, int width, int mask, Tensor[] pools, Tensor parts, "
       "Tensor[] shared, int[] sizes, float[] numbers) -> (Tensor, Tensor)");
+  library.def(
+      "draft_round(Tensor[] pending, Tensor fc, Tensor context_norm, Tensor anchor, Tensor position, Tensor table, "
+      "int mask, Tensor w1, Tensor packed, Tensor temperature, Tensor uniform, Tensor seen, Tensor(a!)[] pools, "
+      "Tensor parts, Tensor[] shared, int[] sizes, float[] numbers) -> (Tensor, Tensor, Tensor)");
   library.def("uniforms(int[] seeds, int[] counters, int[] offsets, int[] streams) -> Tensor");
   library.def("nucleus(Tensor probability, Tensor top_p) -> Tensor");
   library.def(
@@ -57,6 +61,7 @@ TORCH_LIBRARY_IMPL(dspark, CPU, library) {
   library.impl("decoder", decoder);
   library.impl("draft_context", draft_context);
   library.impl("draft_block", draft_block);
+  library.impl("draft_round", draft_round);
   library.impl("nucleus", nucleus);
   library.impl("verdict", verdict);
 }
