@@ -1,5 +1,6 @@
 """Bad input ends in exit code 2 and one line on standard error that names the value; nothing is half written."""
 
+import io
 import json
 import subprocess
 import sys
@@ -90,6 +91,12 @@ def test_file_that_is_not_text(refused, tiny_pair, tmp_path):
     assert "UTF-8" in refused("demo", "--target", tiny_pair.target, "--drafter", tiny_pair.drafter, "--file", path)
 
 
+def test_standard_input_that_is_not_text(refused, tiny_pair, monkeypatch):
+    for data, says in ((b"caf\xe9", "0xe9"), (b"", "empty")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        assert says in refused(*generating(tiny_pair, "--file", "-"))
+
+
 def test_file_that_is_not_there(refused, tiny_pair, tmp_path):
     assert "no.py" in refused(*generating(tiny_pair, "--file", tmp_path / "no.py"))
 
@@ -118,6 +125,27 @@ def test_truncated_weights(refused, tiny_pair, damaged, part):
     truncate(directory)
     line = refused(*generating(tiny_pair._replace(**{part: directory})))
     assert str(directory) in line
+
+
+@pytest.mark.parametrize("part", ["target", "drafter"])
+@pytest.mark.parametrize("content", [b"", b"not weights at all", b"\xff" * 4096], ids=["empty", "text", "noise"])
+def test_corrupted_weights(refused, tiny_pair, damaged, part, content):
+    directory = damaged(part)
+    (directory / "model.safetensors").write_bytes(content)
+    assert str(directory) in refused(*generating(tiny_pair._replace(**{part: directory})))
+
+
+@pytest.mark.parametrize("part", ["target", "drafter"])
+def test_weights_that_are_missing(refused, tiny_pair, damaged, part):
+    directory = damaged(part)
+    (directory / "model.safetensors").unlink()
+    assert str(directory) in refused(*generating(tiny_pair._replace(**{part: directory})))
+
+
+def test_a_tokenizer_that_is_damaged(refused, tiny_pair, damaged):
+    directory = damaged("target")
+    (directory / "tokenizer.json").write_text("{")
+    assert str(directory) in refused(*generating(tiny_pair._replace(target=directory)))
 
 
 @pytest.mark.parametrize("part", ["target", "drafter"])

@@ -12,7 +12,7 @@ from dspark.cli.inputs import Planner, check_output, prompt_text, the_pair
 
 def demo(
     prompt: Annotated[str | None, typer.Option(help="Complete this instead of the built-in prompts.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Complete this UTF-8 file.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Complete this UTF-8 file; - is standard input.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the coloured texts as a page.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Tokens to write for each prompt.")] = 96,

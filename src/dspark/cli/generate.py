@@ -43,7 +43,7 @@ def generate(
 ) -> None:
     """Continue a prompt, and say on standard error what speculation gained."""
     check_output(output)
-    text = sys.stdin.read() if str(file) == "-" else prompt_text(prompt, file)
+    text = prompt_text(prompt, file)
     if not text:
         raise UserError("there is no prompt; pass --prompt TEXT or --file FILE")
 

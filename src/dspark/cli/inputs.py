@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,9 +55,9 @@ def prompt_text(prompt: str | None, file: Path | None) -> str | None:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file as text."""
+    """A UTF-8 file as text; `-` is standard input."""
     try:
-        return path.read_bytes().decode("utf-8")
+        return (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; convert it to UTF-8"
