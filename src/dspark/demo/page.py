@@ -38,7 +38,7 @@ pre .a, pre .t { box-shadow: inset 1px 0 0 var(--card); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .2rem .9rem .2rem 0; text-align: right; font-weight: normal; }
 th { color: var(--faint); } th:first-child, td:first-child { text-align: left; }
-.bar { display: inline-block; width: 14rem; max-width: 40vw; height: .7rem; background: var(--line);
+.bar { display: inline-block; width: 14rem; max-width: 24vw; height: .7rem; background: var(--line);
   border-radius: 2px; vertical-align: middle; overflow: hidden; }
 .bar i { display: block; height: 100%; background: rgb(var(--accepted)); }
 """
