@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dspark.common.errors import UserError
+    from dspark.common.grammar import Grammar
     from dspark.common.sampling_params import SamplingParams
     from dspark.engine.engine import Engine
     from dspark.engine.llm import LLM
 
-__all__ = ["LLM", "Engine", "SamplingParams", "UserError"]
+__all__ = ["LLM", "Engine", "Grammar", "SamplingParams", "UserError"]
 
 _HOMES = {
     "Engine": "dspark.engine.engine",
+    "Grammar": "dspark.common.grammar",
     "LLM": "dspark.engine.llm",
     "SamplingParams": "dspark.common.sampling_params",
     "UserError": "dspark.common.errors",

@@ -23,6 +23,7 @@ from dspark.drafters.base import Draft
 from dspark.ops.history import History
 from dspark.ops.sampling import Shaping, shape
 from dspark.speculation.draft_sampler import DraftSampler
+from dspark.speculation.grammar import Guide, Matcher
 from dspark.speculation.noise import RoundNoise
 from dspark.speculation.planner import Planner
 from dspark.speculation.round import Round
@@ -43,6 +44,8 @@ class System:
     params: SamplingParams
     slots: int = 2
     prompt: Sequence[int] = (2, 0)
+    matcher: Callable[[Sequence[int]], Matcher] | None = None  # output -> where it stands in the grammar
+    guide: type[Guide] = Guide
 
 
 def pieces(breakpoints: Sequence[float]) -> list[Piece]:
@@ -71,8 +74,14 @@ def propose(system: System, output: Sequence[int], draft_RK: list[list[float]]) 
     requests = len(draft_RK)
     full = [[*row, *[0.5] * (system.slots - len(row))] for row in draft_RK]
     shaping = Shaping.of([system.params] * requests)
-    sampler = DraftSampler(shaping, noise_of(full, full, [0.5] * requests), history_of(system, output, requests))
-    return system.drafter.propose([[*system.prompt, *output]] * requests, sampler, system.slots)
+    noise, guide = noise_of(full, full, [0.5] * requests), guide_of(system, output, requests)
+    sampler = DraftSampler(shaping, noise, history_of(system, output, requests), guide)
+    draft = system.drafter.propose([[*system.prompt, *output]] * requests, sampler, system.slots)
+    return draft if guide is None else guide.follow(draft)
+
+
+def guide_of(system: System, output: Sequence[int], requests: int) -> Guide | None:
+    return system.guide([system.matcher(output) for _ in range(requests)]) if system.matcher is not None else None
 
 
 def history_of(system: System, output: Sequence[int], requests: int) -> History | None:
@@ -98,10 +107,16 @@ def target_laws(system: System, output: Sequence[int], draft: Draft | None, plan
     for r, length in enumerate(plan):
         drafted = draft.token_RK[r].tolist() if draft is not None else []
         logits += [system.target([*system.prompt, *output, *drafted[:k]]) for k in range(1 + length)]
+    logits_BV, guide = torch.stack(logits), guide_of(system, output, len(plan))
+    if guide is not None:
+        for r, path in guide.paths.items():
+            for k in range(plan[r]):
+                path.take(int(draft.token_RK[r, k]))
+        logits_BV = guide.target_logits(logits_BV, plan)
     shaping = Shaping.of([system.params] * len(plan)).repeat([1 + length for length in plan])
     history = history_of(system, output, len(plan))
     rows = history.rows(plan, draft.token_RK if draft is not None else None) if history is not None else None
-    return shape(torch.stack(logits), shaping, rows)
+    return shape(logits_BV, shaping, rows)
 
 
 def round_law(system: System, output: Sequence[int]) -> dict[Outcome, float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dspark.common.errors import UserError
+from dspark.common.grammar import Grammar
 
 MAX_SEED = 2**63 - 1
 
@@ -36,6 +37,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     trace: bool = False  # tell of every token whether it was drafted, and how sure of it the drafter was
+    grammar: Grammar | None = None  # what the text must look like; masks the logits before everything else here
     speculation: int | Literal["off"] | None = None  # most tokens drafted a round; "off" is 0, None leaves it to plans
     speculation_group: str = ""  # a workload whose acceptance is tracked on its own, such as "code" or "chat"
     priority: float = 1.0  # what a token of this request is worth to a planner, beside other requests' tokens
@@ -62,6 +64,10 @@ class SamplingParams:
             raise UserError(f"speculation_group {self.speculation_group!r} is not a name; pass text, such as 'code'")
         if self.acceptance not in (None, "rejection", "coupled"):
             raise UserError(f"acceptance {self.acceptance!r} is not a rule; pass 'rejection', 'coupled' or None")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise UserError(f"grammar {self.grammar!r:.60} is not a Grammar; make one, such as Grammar.json_object()")
+        if self.grammar is not None and self.ignore_eos:
+            raise UserError("ignore_eos and a grammar disagree: the grammar says where the text ends; pass one of them")
         if isinstance(self.stop, str):  # a lone string is what people write
             object.__setattr__(self, "stop", (self.stop,))
         for text in self.stop:

@@ -93,6 +93,8 @@ class Engine:
         late = loop.call_later(seconds, self._expire, stream, seconds) if seconds is not None else None
         try:
             tokens = [await self._tokens(prompt) for prompt, _ in asked]
+            for grammar in {params.grammar for _, params in asked if params is not None and params.grammar is not None}:
+                await asyncio.to_thread(self.core.intake.grammars.matcher, grammar)  # compiled there, and remembered
             jobs = [(own, params) for own, (_, params) in zip(tokens, asked, strict=True)]
             self._command(lambda: self._add(stream, jobs))
             left = len(jobs)

@@ -12,6 +12,7 @@ from dspark.common.errors import UserError
 from dspark.common.sampling_params import MAX_SEED, SamplingParams
 from dspark.engine.config import EngineConfig
 from dspark.engine.detokenize import Detokenizer, decoder_of
+from dspark.engine.grammars import Grammars, LibraryGrammars
 from dspark.engine.request import Request, RequestStatistics
 from dspark.models.target import Target
 
@@ -41,6 +42,7 @@ class Intake:
         longest = min(self.context_limit, capacity * config.page_size + 1) + headroom
         self.row_width = -(-longest // config.page_size)  # the same for all, so that rows stack
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.grammars: Grammars = LibraryGrammars(tokenizer, target.vocab_size, self.eos_token_ids)
         self._decode = decoder_of(tokenizer) if tokenizer is not None else None
         self._ids = count()
         self._seeds = np.random.default_rng(config.seed)
@@ -67,6 +69,7 @@ class Intake:
             stop_ids=eos.union(params.stop_token_ids),
             page_row=np.zeros(self.row_width, dtype=np.int32),
             detokenizer=Detokenizer(self._decode, tokens, params.stop) if self._decode is not None else None,
+            matcher=self.grammars.matcher(params.grammar) if params.grammar is not None else None,
             statistics=RequestStatistics(prompt_tokens=len(tokens)),
         )
 

@@ -16,6 +16,7 @@ from dspark.drafters.base import Draft
 from dspark.engine.request import Request
 from dspark.ops.history import Counted, History
 from dspark.ops.sampling import Shaping, shape
+from dspark.speculation.grammar import Guide
 from dspark.speculation.noise import RoundNoise
 
 REMEMBERED = 32
@@ -29,6 +30,7 @@ class Group:
     seeds: list[int]
     coupled: list[bool]
     greedy: list[bool]
+    guided: bool = False  # whether any of them has a grammar
     repeated: dict[tuple[int, ...], Shaping] = field(default_factory=dict)  # shaping by rows per request
 
     @staticmethod
@@ -40,6 +42,7 @@ class Group:
             [request.seed for request in requests],
             [p.coupled for p in params],
             [p.temperature == 0 for p in params],
+            any(request.matcher is not None for request in requests),
         )
 
     def rows(self, rows: tuple[int, ...]) -> Shaping:
@@ -98,10 +101,21 @@ class Laws:
             counts.follow(request.tokens[request.prompt_length + counts.counted :])
         return counts
 
+    def guide(self, requests: Sequence[Request]) -> Guide | None:
+        """A round's view of the requests' grammars; None if none of them has one."""
+        return Guide([request.matcher for request in requests]) if self.group(requests).guided else None
+
     def target(
-        self, requests: Sequence[Request], logits_BV: Tensor, draft: Draft | None, plan: Sequence[int]
+        self,
+        requests: Sequence[Request],
+        logits_BV: Tensor,
+        draft: Draft | None,
+        plan: Sequence[int],
+        guide: Guide | None = None,
     ) -> Tensor:
         """The law of the next token at every row, [B, V]: what the text must follow."""
+        if guide is not None:
+            logits_BV = guide.target_logits(logits_BV, plan)
         shaping = self.group(requests).rows(tuple(1 + length for length in plan))
         history = self.history(requests)
         if history is not None:

@@ -34,6 +34,7 @@ class Result:
     logprobs: list[TokenLogprob] | None = None
     trace: list[TokenTrace] | None = None
     statistics: RequestStatistics = field(default_factory=RequestStatistics)
+    error: str | None = None  # why this one failed, where the reason to finish is "error"
 
     def take(self, commit: Commit) -> None:
         """Append what a step committed."""
@@ -41,6 +42,7 @@ class Result:
         self.token_ids += commit.token_ids
         self.finish_reason = commit.finish_reason
         self.statistics = commit.statistics
+        self.error = commit.error
         if commit.logprobs is not None:
             self.logprobs = [*(self.logprobs or []), *commit.logprobs]
         if commit.trace is not None:

@@ -10,9 +10,10 @@ import numpy as np
 
 from dspark.common.sampling_params import SamplingParams
 from dspark.engine.detokenize import Detokenizer
+from dspark.speculation.grammar import Matcher
 from dspark.speculation.statistics import SpeculationStatistics
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Commit:
     finish_reason: FinishReason | None
     statistics: RequestStatistics
     trace: list[TokenTrace] | None = None  # of `token_ids`, if the request asked
+    error: str | None = None  # why this request alone failed, where the reason to finish is "error"
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Request:
     stop_ids: frozenset[int]
     page_row: np.ndarray  # int32: the pages, then zeros
     detokenizer: Detokenizer | None = None
+    matcher: Matcher | None = None  # of a request with a grammar: where its output stands in it
     pages: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`; outlives the pages
     published: int = 0
@@ -92,6 +95,11 @@ class Request:
     def uncached(self) -> int:
         """Tokens that must still go through the target, the anchor included."""
         return len(self.tokens) - self.cached
+
+    @property
+    def trouble(self) -> str | None:
+        """Why its grammar cannot be followed any more."""
+        return self.matcher.trouble if self.matcher is not None else None
 
     @property
     def output_length(self) -> int:
@@ -125,6 +133,9 @@ class Request:
             spoken = next(i for i, token in enumerate(kept) if token in self.stop_ids)
             kept = kept[: spoken + 1]
             self.finish_reason = "stop"
+        if self.matcher is not None:
+            kept = self._match(kept, self.matcher)
+            spoken = min(spoken, len(kept))
         texts, count = self._speak(kept[:spoken])
         if count is not None:
             kept = kept[:count]
@@ -154,3 +165,16 @@ class Request:
             if count is not None:
                 return texts, place + 1
         return texts, None
+
+    def _match(self, tokens: list[int], matcher: Matcher) -> list[int]:
+        """Move the grammar on: the tokens up to the one that completes the text, or that shows that it cannot be."""
+        for count, token in enumerate(tokens, 1):
+            matcher.advance(token)
+            if matcher.trouble is not None:
+                self.finish_reason = "error"
+            elif matcher.complete:
+                self.finish_reason = "stop"
+            else:
+                continue
+            return tokens[:count]
+        return tokens

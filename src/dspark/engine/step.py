@@ -31,6 +31,7 @@ from dspark.models.target import Target
 from dspark.ops.verdict import has_kernel
 from dspark.speculation.cost import StepTime
 from dspark.speculation.draft_sampler import DraftSampler
+from dspark.speculation.grammar import Guide
 from dspark.speculation.noise import RoundNoise
 from dspark.speculation.planner import Planner, parse_planner
 from dspark.speculation.reliability import Observer
@@ -133,12 +134,12 @@ class EngineCore:
         schedule = self.admission.schedule()
         if not (schedule.sampled or schedule.partial):
             return []
-        noise, draft = self._propose(schedule)
+        noise, draft, guide = self._propose(schedule)
         drafted = self.runner.clock()
         plan = self.planning.plan(schedule, draft)
         batch = assemble(schedule, draft, plan, page_size=self.config.page_size, device=self.target.device)
         logits_BV, taps_TkD = self.runner.forward(batch)
-        verdict = self._verify(schedule, draft, plan, noise, logits_BV)
+        verdict = self._verify(schedule, draft, plan, noise, logits_BV, guide)
         kept = committed_rows(schedule.rows, verdict.plan, verdict.accepted_R, len(batch.batch.token_T))
         self.runner.extend(batch.batch, taps_TkD, kept, drafting=draft is not None)
         if self.observer is not None and draft is not None:
@@ -182,18 +183,18 @@ class EngineCore:
         known = {request.id for request in [*self.admission.running, *self.admission.waiting]}
         assert known == set(self.requests), "requests known and requests queued differ"
 
-    def _propose(self, schedule: Schedule) -> tuple[RoundNoise | None, Draft | None]:
-        """The round's noise, and drafts of the requests that may and shall have one, put first in `schedule`."""
+    def _propose(self, schedule: Schedule) -> tuple[RoundNoise | None, Draft | None, Guide | None]:
+        """The round's noise, drafts of the requests that may and shall have one, put first in `schedule`, grammars."""
         if not schedule.sampled:
-            return None, None
+            return None, None, None
         slots = self.planning.slots(schedule)
-        noise = self.laws.noise(schedule.sampled, slots)
+        noise, guide = self.laws.noise(schedule.sampled, slots), self.laws.guide(schedule.sampled)
         if not slots:
-            return noise, None
+            return noise, None, guide
         drafting = [request for request, limit in zip(schedule.sampled, schedule.limits, strict=True) if limit]
         everyone = len(drafting) == len(schedule.sampled)
         own_noise = noise if everyone else noise.select(range(len(drafting)))
-        sampler = DraftSampler(self.laws.group(drafting).shaping, own_noise, self.laws.history(drafting))
+        sampler = DraftSampler(self.laws.group(drafting).shaping, own_noise, self.laws.history(drafting), guide)
         positions = [request.cached for request in drafting]
         reach = max(positions) + slots + HEADROOM
         device = self.target.device
@@ -208,7 +209,8 @@ class EngineCore:
             sampler=sampler,
             tempered=sampler.tempered,
         )
-        return noise, padded(self.runner.propose(context), len(schedule.sampled))
+        draft = padded(self.runner.propose(context), len(schedule.sampled))
+        return noise, draft if guide is None else guide.follow(draft), guide
 
     def _verify(
         self,
@@ -217,13 +219,16 @@ class EngineCore:
         plan: list[int],
         noise: RoundNoise | None,
         logits_BV: Tensor,
+        guide: Guide | None,
     ) -> Verdict:
         if noise is None:
             return Verdict([], [], [])
         temperature_R = self.laws.group(schedule.sampled).shaping.temperature_R
-        if temperature_R is not None and not noise.coupled and has_kernel(logits_BV):
+        if temperature_R is not None and not noise.coupled and guide is None and has_kernel(logits_BV):
             return verify_tempered(draft, plan, logits_BV, temperature_R, noise)
-        law_BV = self.laws.target(schedule.sampled, logits_BV, draft, plan)
+        law_BV = self.laws.target(schedule.sampled, logits_BV, draft, plan, guide)
+        if guide is not None:
+            guide.rewind()
         return verify(draft, plan, law_BV, noise)
 
     def _commit(self, schedule: Schedule, draft: Draft | None, verdict: Verdict, logits_BV: Tensor) -> list[Commit]:
@@ -250,6 +255,7 @@ class EngineCore:
                     request.finish_reason,
                     request.statistics,
                     trace_of(kept, texts, draft=draft, verdict=verdict, row=index) if traced else None,
+                    request.trouble,
                 )
             )
             if request.finish_reason:

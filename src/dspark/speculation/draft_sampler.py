@@ -7,6 +7,7 @@ from torch import Tensor
 from dspark.ops.chain import Tempered
 from dspark.ops.history import History
 from dspark.ops.sampling import Shaping, shape
+from dspark.speculation.grammar import Guide
 from dspark.speculation.noise import RoundNoise
 
 
@@ -16,16 +17,19 @@ class DraftSampler:
     Rejection requests draw from q by inverse CDF; coupled ones take argmax(log q + g). Slots are drawn in order.
     """
 
-    def __init__(self, shaping: Shaping, noise: RoundNoise, history: History | None = None) -> None:
+    def __init__(
+        self, shaping: Shaping, noise: RoundNoise, history: History | None = None, guide: Guide | None = None
+    ) -> None:
         self.shaping = shaping
         self.noise = noise
         self.history = history  # of the committed tokens; only penalties need it
+        self.guide = guide  # where a request has a grammar
 
     @property
     def tempered(self) -> Tempered | None:
         """Temperatures and numbers of every request, where nothing else shapes a law; None otherwise."""
         temperature_R = self.shaping.temperature_R
-        if temperature_R is None or self.noise.coupled:
+        if temperature_R is None or self.noise.coupled or self.guide is not None:
             return None
         return Tempered(temperature_R, self.noise.draft_RK)
 
@@ -34,8 +38,12 @@ class DraftSampler:
 
         Logits that are not numbers give the last token and a law that verification always rejects.
         """
+        if self.guide is not None:
+            logits_RV = self.guide.draft_logits(logits_RV, slot)
         probability_RV = shape(logits_RV, self.shaping, self.history)
         token_R = self.noise.pick(probability_RV, slot).clamp_(max=probability_RV.shape[1] - 1)
         if self.history is not None:
             self.history = self.history.advanced(token_R)
+        if self.guide is not None:
+            self.guide.take(token_R)
         return token_R, probability_RV

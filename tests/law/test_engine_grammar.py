@@ -1,0 +1,81 @@
+"""A whole engine with grammars: sampled texts follow the target's law among allowed tokens, whatever drafts for it."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from test_engine_law import BOUND, PLAIN, PROMPT, distance, drafter_of, target_of
+from toy_grammar import WORDS, Automata, Automaton
+
+from dspark.common.grammar import Grammar
+from dspark.common.sampling_params import SamplingParams
+from dspark.engine.llm import LLM
+
+LENGTH, SAMPLES = 3, 1500
+ANY = Grammar.regex("stands for the automaton")
+
+
+@torch.no_grad()
+def exact_law():
+    """P(x1, x2, x3 | prompt) of every text of the grammar, one that ends early at its end."""
+    law = {}
+    for outcome in itertools.product(range(4), repeat=LENGTH):
+        text, chance = Automaton(WORDS), 1.0
+        logits = PLAIN(torch.tensor([[*PROMPT, *outcome]])).logits[0, len(PROMPT) - 1 : -1]
+        taken = []
+        for row, token in zip(logits, outcome, strict=True):
+            allowed = torch.from_numpy(text.allowed())
+            if not allowed[token]:
+                break
+            chance *= float(row.masked_fill(~allowed, -torch.inf).softmax(-1)[token])
+            text.advance(token)
+            taken.append(token)
+            if text.complete:
+                break
+        else:
+            law[outcome] = chance
+            continue
+        if text.complete:
+            law[tuple(taken)] = chance
+    assert math.isclose(sum(law.values()), 1.0)
+    return law
+
+
+def guided(kind, planner="full", **options):
+    target = target_of(5)
+    llm = LLM(target, drafter_of(kind, target) if kind else None, planner, seed=0, **options)
+    llm.core.intake.grammars = Automata()
+    return llm
+
+
+@pytest.mark.parametrize(("kind", "rule"), [("dspark", "rejection"), ("ngram", "rejection"), ("eagle3", "coupled")])
+def test_samples_follow_the_law(kind, rule):
+    llm = guided(kind)
+    results = llm.generate([PROMPT] * SAMPLES, SamplingParams(max_tokens=LENGTH + 2, acceptance=rule, grammar=ANY))
+    assert sum(result.statistics.accepted for result in results) > SAMPLES / 10
+    assert distance([tuple(result.token_ids[:LENGTH]) for result in results], exact_law()) < BOUND
+    for result, made in zip(results, llm.core.intake.grammars.made, strict=True):
+        assert made.states == Automaton(WORDS, result.token_ids).states, "a draft was not taken back"
+        assert made.complete == (result.finish_reason == "stop")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"seed": 3}, {"temperature": 0}, {"seed": 4, "top_p": 0.8, "presence_penalty": 0.5}]
+)
+def test_the_text_is_the_same_whoever_drafts_preempted_or_not(fields):
+    params = [SamplingParams(max_tokens=20, grammar=ANY if i % 2 else None, **fields) for i in range(6)]
+    prompts = [PROMPT, [2], [0, 1] * 4] * 2
+    want = [result.token_ids for result in guided(None).generate(prompts, params)]
+    for kind, options in (("dspark", {}), ("ngram", {}), ("draft_model", {"pages": 12, "page_size": 4})):
+        llm = guided(kind, **options)
+        results = llm.generate(prompts, params)
+        assert [result.token_ids for result in results] == want, kind
+        llm.core.check_integrity()
+    assert sum(result.statistics.preemptions for result in results), "nobody was preempted: the test says less"
+
+
+def test_a_step_without_grammars_pays_nothing(monkeypatch):
+    llm = guided("dspark")
+    monkeypatch.setattr("dspark.engine.laws.Guide", lambda _: pytest.fail("a guide was made"))
+    assert llm.generate(PROMPT, SamplingParams(max_tokens=5))[0].finish_reason == "length"
