@@ -6,7 +6,7 @@ planner learnt in the first round, a drafter that stops early where its confiden
 
 import numpy as np
 import pytest
-from two_requests import CLIFF, STAIRS, CoupledPair, Pair, Telling, distance, plain_law
+from two_requests import CLIFF, STAIRS, CoupledPair, Ending, Pair, Telling, distance, plain_law
 
 from dspark.speculation import joint
 from dspark.speculation.joint import Joint
@@ -48,6 +48,18 @@ def test_the_joint_law_is_the_targets(name, rule, cost, stops_below, monkeypatch
     monkeypatch.setattr(joint, "STALE", 0)
     system = rule(PLANNERS[name](cost), drafter=Telling(stops_below))
     assert distance(system.law(), plain_law()) < 1e-12
+
+
+@pytest.mark.parametrize(("name", "length"), [("full", 2), ("lookahead", 2), ("joint", 1)])
+def test_so_it_is_where_the_planner_ends_the_block(name, length):
+    system = Pair(Ending(PLANNERS[name](STAIRS), below=1.0), slots=3, length=length)
+    assert distance(system.law(), plain_law(length)) < 1e-12
+
+
+def test_a_ranking_over_all_slots_must_not_end_blocks():
+    """Whether a later slot of one request exists tells of the other's token, and where it ranks decides about that."""
+    system = Pair(Ending(PLANNERS["greedy"](STAIRS), below=1.0), slots=3, length=1)
+    assert distance(system.law(), plain_law(1)) > 1e-3
 
 
 @pytest.mark.parametrize("stops_below", [0.0, 0.5])

@@ -136,6 +136,32 @@ def round_of(texts: Texts, running: Sequence[int], limit_R: Sequence[int]) -> Ro
     return Round(limit_R, (), list(running), context, [SamplingParams()] * len(running))
 
 
+class Ending:
+    """A planner that also ends the block of all requests together, by what both have drafted before the slot."""
+
+    def __init__(self, planner: Planner, below: float) -> None:
+        self.planner = planner
+        self.below = below
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.planner, name)
+
+    def going_on(self, round: Round, survival_R: np.ndarray, drawn: int) -> bool:
+        return float(survival_R.sum()) > self.below
+
+
+def ended(planner: Planner, texts: Texts, running, slots, a_RK: np.ndarray) -> int:
+    """How many slots a sequential drafter draws for everyone before the planner ends the block."""
+    decide, most = getattr(planner, "going_on", None), max(slots)
+    if decide is None:
+        return most
+    drafting = [r for r, n in enumerate(slots) if n]
+    round = round_of(texts, running, [7] * len(running)).drafted(slots, slots)
+    return next((n for n in range(1, most) if not decide(round, a_RK[drafting, n - 1], n)), most)
+
+
 def planned(planner: Planner, texts: Texts, running, slots, rows) -> tuple[list[int], Callable[[list[int]], Outcome]]:
     """The plan for what was drafted, and the outcome to tell once it is known what was accepted."""
     limit_R = [min(n, most) for (_, n), most in zip(rows, slots, strict=True)]
@@ -143,6 +169,9 @@ def planned(planner: Planner, texts: Texts, running, slots, rows) -> tuple[list[
         round = round_of(texts, running, limit_R)
         return [0] * len(running), lambda accepted: Outcome(round, [0] * len(running), accepted, 1.0)
     a_RK = survival(torch.stack([confidence for confidence, _ in rows]))[:, : max(slots)].numpy()
+    end = ended(planner, texts, running, slots, a_RK)
+    limit_R = [min(n, end) for n in limit_R]
+    a_RK = np.where(np.arange(max(slots)) < end, a_RK, 0.0)
     round = round_of(texts, running, [7] * len(running)).drafted(limit_R, slots)
     plan = planner.plan(round, a_RK)
     return plan, lambda accepted: Outcome(round, plan, accepted, 1.0 + 0.1 * sum(plan), a_RK)

@@ -5,11 +5,10 @@ R drafting requests, K block slots, V vocabulary, T tokens, D hidden size, k tap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from dspark.models.batch import Ragged
@@ -38,6 +37,15 @@ class DraftContext:
     history: Sequence[Sequence[int]]  # committed token ids of each request, anchor last
     sampler: TokenSampler
     tempered: Tempered | None = None  # how `sampler` draws, where temperature alone shapes every request's law
+    wanted: bool = True  # whether anyone reads the confidences; a drafter may save what only they need
+    going_on: GoingOn | None = None  # asked between two slots by drafters to which a slot is a forward of its own
+
+
+GoingOn = Callable[[Tensor], bool]
+"""Gets confidence_R of the slot just drawn and says whether to draft the next one; asked once a slot, in order.
+
+The answer depends on the tokens before that slot and on older things, so that a block may end where it says.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,13 +56,7 @@ class Draft:
     probability_RKV: Tensor  # float32
     confidence_RK: Tensor  # float32, estimate of P(accept k | prefix accepted); may depend on tokens before k only
     length_R: Sequence[int]  # how many slots each request really proposes (n-gram lookup may find fewer than K)
-
-    @staticmethod
-    def of_slots(tokens: Sequence[Tensor], laws: Sequence[Tensor], confidences: Sequence[Tensor]) -> Draft:
-        """A block drawn slot by slot: token_R, law_RV and confidence_R of each."""
-        token_RK = torch.stack(tuple(tokens), dim=1)
-        length_R = [len(tokens)] * len(token_RK)
-        return Draft(token_RK, torch.stack(tuple(laws), dim=1), torch.stack(tuple(confidences), dim=1), length_R)
+    feature_RKF: Tensor | None = None  # what the confidences were made of, by a drafter without a head: `signal.py`
 
 
 class Drafter(Protocol):
@@ -85,7 +87,7 @@ class Drafter(Protocol):
         ...
 
     def propose(self, context: DraftContext) -> Draft:
-        """Draft `context.slots` tokens after each anchor."""
+        """Draft `context.slots` tokens after each anchor, or fewer where `context.going_on` ends the block."""
         ...
 
 

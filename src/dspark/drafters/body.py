@@ -157,9 +157,3 @@ class ContextForward(nn.Module):
         for (key, value), pool_key, pool_value in zip(projected, pools[::2], pools[1::2], strict=True):
             store(key, value, pool_key, pool_value, slot_T)
         return (slot_T + 1,)
-
-
-def certainty(logits: Tensor) -> Tensor:
-    """max_v softmax(logits): a drafter's confidence when it has no head for it."""
-    logits = logits.float()
-    return (logits.amax(-1) - logits.logsumexp(-1)).exp()

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dspark.drafters.base import Draft, DraftContext
-from dspark.drafters.body import Body, certainty
+from dspark.drafters.body import Body
+from dspark.drafters.drawing import drafted
 from dspark.drafters.lesson import Blocks, Lesson
+from dspark.drafters.signal import LARGEST, Signal, features
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 
@@ -23,6 +25,7 @@ class DFlash(nn.Module):
     every_position, draft_ids = False, None
 
     rows_apart = True
+    signal: Signal = LARGEST
 
     def __init__(self, body: Body, *, taps: tuple[int, ...], block_size: int) -> None:
         super().__init__()
@@ -42,15 +45,12 @@ class DFlash(nn.Module):
 
     @torch.inference_mode()
     def propose(self, context: DraftContext) -> Draft:
-        """Confidence is the largest probability of the untempered base logits: it knows nothing of the draw."""
+        """Confidences come from the untempered base logits: they know nothing of the draw."""
         _, base_RKV = self.body.draft(context)
         drawn = [context.sampler.draw(base_RKV[:, slot], slot) for slot in range(context.slots)]
-        return Draft(
-            token_RK=torch.stack([token_R for token_R, _ in drawn], dim=1),
-            probability_RKV=torch.stack([law_RV for _, law_RV in drawn], dim=1),
-            confidence_RK=certainty(base_RKV),
-            length_R=[context.slots] * len(context.anchor_R),
-        )
+        token_RK = torch.stack([token_R for token_R, _ in drawn], dim=1)
+        law_RKV = torch.stack([law_RV for _, law_RV in drawn], dim=1)
+        return drafted(token_RK, law_RKV, features(base_RKV) if context.wanted else None, self.signal)
 
     @property
     def lesson_slots(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dspark.drafters.base import Draft, DraftContext
 from dspark.drafters.drawing import Drawing
+from dspark.drafters.signal import LARGEST, Signal
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 from dspark.models.pages import SCRATCH_PAGE, KVPool, slots_at
@@ -26,6 +27,7 @@ class DraftModel:
     """
 
     taps: tuple[int, ...] = ()
+    signal: Signal = LARGEST
     pool: KVPool
 
     def __init__(self, model: Target, vocabulary: int, *, block_size: int = 5) -> None:
@@ -48,11 +50,13 @@ class DraftModel:
         spare = -(-context.slots // self.pool.page_size)
         table_RP = torch.nn.functional.pad(context.page_table_RP, (0, spare), value=SCRATCH_PAGE)
         token_R, rows_R = context.anchor_R, torch.arange(len(context.anchor_R), device=context.anchor_R.device)
-        drawing = Drawing(context.sampler)
+        drawing = Drawing(context, self.signal)
         for slot in range(context.slots):
             batch = self.step(token_R, context, table_RP, slot)
             logits_RV, _ = self.model.forward(batch, self.pool, rows_R)
             token_R = drawing.draw(fit_vocabulary(logits_RV, self.vocabulary))
+            if drawing.ended:
+                break
         return drawing.draft()
 
     def step(self, token_R: Tensor, context: DraftContext, table_RP: Tensor, slot: int) -> Ragged:

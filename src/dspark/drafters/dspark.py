@@ -6,15 +6,18 @@ R requests, K block slots, C candidates of a restricted head, V vocabulary, D hi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from dspark.drafters.base import Draft, DraftContext, TokenSampler
-from dspark.drafters.body import Body, certainty
+from dspark.drafters.base import Draft, DraftContext
+from dspark.drafters.body import Body
+from dspark.drafters.drawing import Drawing
 from dspark.drafters.heads import ConfidenceHead, VanillaMarkov
 from dspark.drafters.lesson import Blocks, Lesson, following
 from dspark.drafters.native import NativeRound, Rows, stack_of
+from dspark.drafters.signal import LARGEST, Signal
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 from dspark.ops.chain import Tempered, draft_chain
@@ -31,6 +34,7 @@ class DSpark(nn.Module):
     every_position, draft_ids = False, None
 
     rows_apart = True
+    signal: Signal = LARGEST  # of one without a confidence head
 
     def __init__(
         self,
@@ -94,7 +98,7 @@ class DSpark(nn.Module):
         head = self.confidence_head
         if context.tempered is not None and head is not None and type(self.markov_head) is VanillaMarkov:
             return self.chain(context.anchor_R, hidden_RKD, base_RKV, context.tempered, head)
-        return self.sequential(context.anchor_R, hidden_RKD, base_RKV, context.sampler)
+        return self.sequential(context, hidden_RKD, base_RKV)
 
     def chain(
         self, anchor_R: Tensor, hidden_RKD: Tensor, base_RKV: Tensor, tempered: Tempered, head: ConfidenceHead
@@ -107,11 +111,13 @@ class DSpark(nn.Module):
         )
         return Draft(token_RK, law_RKV, torch.sigmoid(logit_RK), [token_RK.shape[1]] * len(anchor_R))
 
-    def sequential(self, anchor_R: Tensor, hidden_RKD: Tensor, base_RKV: Tensor, sampler: TokenSampler) -> Draft:
+    def sequential(self, context: DraftContext, hidden_RKD: Tensor, base_RKV: Tensor) -> Draft:
         """Draw the block left to right; slot 1's previous token is the anchor (DSpark, eqs. 4–7)."""
-        state_Rr, token_R = self.markov_head.start(hidden_RKD[:, 0]), anchor_R
+        head, state_Rr, token_R = self.confidence_head, self.markov_head.start(hidden_RKD[:, 0]), context.anchor_R
         candidates = base_RKV.topk(self.markov_top_k, dim=-1) if 0 < self.markov_top_k < base_RKV.shape[-1] else None
-        tokens, laws, embeddings, certainties = [], [], [], []
+        # the backbone's pass is paid for: a slot more is cheap, so no block ends early
+        drawing = Drawing(replace(context, wanted=context.wanted and head is None, going_on=None), self.signal)
+        embeddings = []
         for slot in range(hidden_RKD.shape[1]):
             embedding_Rr = self.markov_head.markov_w1(token_R)
             latent_Rr, state_Rr = self.markov_head.latent(embedding_Rr, hidden_RKD[:, slot], state_Rr)
@@ -119,22 +125,13 @@ class DSpark(nn.Module):
                 logits_RV = base_RKV[:, slot] + self.markov_head.markov_w2(latent_Rr)
             else:
                 logits_RV = self.restricted(latent_Rr, candidates.values[:, slot], candidates.indices[:, slot])
-            token_R, law_RV = sampler.draw(logits_RV, slot)
-            tokens.append(token_R)
-            laws.append(law_RV)
+            token_R = drawing.draw(logits_RV)
             embeddings.append(embedding_Rr)
-            if self.confidence_head is None:
-                certainties.append(certainty(logits_RV))
-        if self.confidence_head is None:
-            confidence_RK = torch.stack(certainties, dim=1)
-        else:  # slot k's logit reads h_k and x_{k-1}: all at once is the same as one by one
-            confidence_RK = self.confidence_head(hidden_RKD, torch.stack(embeddings, dim=1)).float().sigmoid()
-        return Draft(
-            token_RK=torch.stack(tokens, dim=1),
-            probability_RKV=torch.stack(laws, dim=1),
-            confidence_RK=confidence_RK,
-            length_R=[len(tokens)] * len(anchor_R),
-        )
+        draft = drawing.draft()
+        if head is None:
+            return draft
+        # slot k's logit reads h_k and x_{k-1}: all at once is the same as one by one
+        return replace(draft, confidence_RK=head(hidden_RKD, torch.stack(embeddings, dim=1)).float().sigmoid())
 
     def restricted(self, latent_Rr: Tensor, base_RC: Tensor, candidate_RC: Tensor) -> Tensor:
         """Logits [R, V] that are −inf outside the candidates; W2 is read at the candidates' rows alone."""

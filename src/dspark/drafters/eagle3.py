@@ -19,6 +19,7 @@ from dspark.drafters.drawing import Drawing
 from dspark.drafters.layers import Attend, BackboneConfig, Layer, RMSNorm, Rotary, RotaryEmbedding
 from dspark.drafters.lesson import Blocks, Lesson, following, later, rows_at
 from dspark.drafters.pruned import kept, offsets, widened
+from dspark.drafters.signal import LARGEST, Signal
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 from dspark.models.pages import SCRATCH_PAGE, slots_at
@@ -61,6 +62,7 @@ class Eagle3(nn.Module):
     """
 
     every_position = False
+    signal: Signal = LARGEST
     d2t: Tensor
     t2d: Tensor
     feature_SD: Tensor
@@ -219,10 +221,12 @@ class Eagle3(nn.Module):
         table_RP = torch.nn.functional.pad(context.page_table_RP, (0, spare), value=SCRATCH_PAGE)
         token_R, position_R = context.anchor_R, (context.position_R - 1).clamp(min=0)
         hidden_RD = self.feature_SD[self.slots(table_RP, position_R)]
-        drawing = Drawing(context.sampler)
+        drawing = Drawing(context, self.signal)
         for slot in range(context.slots):
             hidden_RD = self.step(token_R, hidden_RD, position_R + slot, table_RP)
             token_R = drawing.draw(self.logits(hidden_RD))
+            if drawing.ended:
+                break
         return drawing.draft()
 
     def step(self, token_R: Tensor, hidden_RD: Tensor, position_R: Tensor, table_RP: Tensor) -> Tensor:

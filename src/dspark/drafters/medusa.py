@@ -15,6 +15,7 @@ from dspark.drafters.body import softcapped
 from dspark.drafters.drawing import Drawing
 from dspark.drafters.layers import BackboneConfig, RMSNorm
 from dspark.drafters.lesson import Blocks, Lesson, rows_at
+from dspark.drafters.signal import LARGEST, Signal
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 from dspark.models.pages import slots_at
@@ -39,6 +40,7 @@ class Medusa(nn.Module):
     """
 
     every_position, draft_ids = False, None
+    signal: Signal = LARGEST
     feature_SD: Tensor
     page_size: int
 
@@ -112,9 +114,11 @@ class Medusa(nn.Module):
     def propose(self, context: DraftContext) -> Draft:
         position_R1 = (context.position_R - 1).clamp(min=0)[:, None]
         feature_RD = self.feature_SD[slots_at(context.page_table_RP, position_R1, self.page_size)[:, 0]]
-        drawing = Drawing(context.sampler)
+        drawing = Drawing(context, self.signal)
         for slot in range(context.slots):
             drawing.draw(self.logits(self.hidden(feature_RD, slot), slot))
+            if drawing.ended:
+                break
         return drawing.draft()
 
 

@@ -18,6 +18,7 @@ from dspark.drafters.body import softcapped
 from dspark.drafters.drawing import Drawing
 from dspark.drafters.layers import Attend, BackboneConfig, Layer, RMSNorm, Rotary, RotaryEmbedding
 from dspark.drafters.lesson import Blocks, Lesson, later, rows_at
+from dspark.drafters.signal import LARGEST, Signal
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 from dspark.models.pages import slots_at
@@ -58,6 +59,7 @@ class MTP(nn.Module):
     """
 
     every_position, draft_ids = False, None
+    signal: Signal = LARGEST
     hidden_KSD: list[Tensor]
     pools: list[tuple[Tensor, Tensor]]
     page_size: int
@@ -158,7 +160,7 @@ class MTP(nn.Module):
         """Module k runs the entries of the last k committed positions: token k − 1 completes the newest of them."""
         position_R = context.position_R.clamp(min=1)  # an anchor without a past has no hidden state to start from
         token_RN, before_RND = context.anchor_R[:, None], None
-        drawing = Drawing(context.sampler)
+        drawing = Drawing(context, self.signal)
         for depth in range(1, context.slots + 1):
             hidden_RND = self.last(depth, context.page_table_RP, position_R, before_RND)
             entries, there_RN = newest(depth, token_RN, position_R, context.page_table_RP, self.page_size)
@@ -166,6 +168,8 @@ class MTP(nn.Module):
             before_RND[there_RN] = self.run(depth, entries, hidden_RND[there_RN], keep=False)
             logits_RV = self.slot_logits(self.module(depth).shared_head.norm(before_RND[:, -1]))
             token_RN = torch.cat((token_RN, drawing.draw(logits_RV)[:, None]), dim=1)
+            if drawing.ended:
+                break
         return drawing.draft()
 
     def last(self, depth: int, table_RP: Tensor, position_R: Tensor, before_RND: Tensor | None) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from dspark.drafters.base import Draft, DraftContext
+from dspark.drafters.signal import MOST, Signal
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 
-MATCH_CONFIDENCE = (0.0, 0.25, 0.5, 0.65, 0.75)
-"""Prior chance that a drafted token is accepted, by how many tokens matched; calibration refines it."""
+MATCH_ODDS = (-MOST, -1.1, 0.0, 0.62, 1.1)
+"""Log-odds that a drafted token is accepted, by how many tokens matched, before any calibration."""
 
 
 class NGram:
@@ -27,6 +28,7 @@ class NGram:
     """
 
     taps: tuple[int, ...] = ()
+    signal = Signal(0.0, 1.0, 0.0, -0.5)
 
     def __init__(self, vocabulary: int, *, block_size: int = 7, longest: int = 4, shortest: int = 1) -> None:
         self.vocabulary = vocabulary
@@ -49,21 +51,27 @@ class NGram:
         device, shape = context.anchor_R.device, (len(found), context.slots)
         padded = [tokens + [0] * (context.slots - len(tokens)) for tokens, _ in found]
         token_RK = torch.tensor(padded, dtype=torch.long, device=device).view(shape)
-        confidence_R1 = torch.tensor([[confidence] for _, confidence in found], dtype=torch.float32, device=device)
+        feature_RF = torch.tensor([features for _, features in found], dtype=torch.float32, device=device)
+        feature_RKF = feature_RF[:, None].expand(*shape, feature_RF.shape[1])
         law_RKV = torch.zeros(*shape, self.vocabulary, device=device).scatter_(-1, token_RK[..., None], 1.0)
-        return Draft(token_RK, law_RKV, confidence_R1.expand(shape).clone(), [len(tokens) for tokens, _ in found])
+        length_R = [len(tokens) for tokens, _ in found]
+        return Draft(token_RK, law_RKV, self.signal.confidence(feature_RKF), length_R, feature_RKF)
 
-    def look_up(self, history: Sequence[int], slots: int) -> tuple[list[int], float]:
-        """(up to `slots` tokens that followed the longest, latest match, its confidence); ([], 0) without a match."""
+    def look_up(self, history: Sequence[int], slots: int) -> tuple[list[int], tuple[float, float, float]]:
+        """Up to `slots` tokens that followed the longest, latest match, and its features; no tokens without a match.
+
+        Features are the log-odds by length, the length, and the entropy of what followed all matches of that length.
+        """
         text = np.asarray(history, dtype=np.int64)
         for length in range(min(self.longest, len(text) - 1), self.shortest - 1, -1):
             windows = np.lib.stride_tricks.sliding_window_view(text[:-1], length)
             starts = np.flatnonzero((windows == text[-length:]).all(axis=1))
             if len(starts):
                 follow = starts[-1] + length
-                tokens = text[follow : follow + slots].tolist()
-                return tokens, MATCH_CONFIDENCE[min(length, len(MATCH_CONFIDENCE) - 1)]
-        return [], 0.0
+                share_N = np.unique(text[starts + length], return_counts=True)[1] / len(starts)
+                odds = MATCH_ODDS[min(length, len(MATCH_ODDS) - 1)]
+                return text[follow : follow + slots].tolist(), (odds, length, float(-share_N @ np.log(share_N)))
+        return [], (MATCH_ODDS[0], 0.0, 0.0)
 
 
 class NoDraft:

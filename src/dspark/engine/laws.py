@@ -128,6 +128,9 @@ def padded(draft: Draft, requests: int) -> Draft:
     more = requests - len(draft.token_RK)
     if not more:
         return draft
-    tensors = (draft.token_RK, draft.probability_RKV, draft.confidence_RK)
-    token, probability, confidence = (torch.cat([x, x.new_zeros(more, *x.shape[1:])]) for x in tensors)
-    return Draft(token, probability, confidence, [*draft.length_R, *[0] * more])
+    tensors = (draft.token_RK, draft.probability_RKV, draft.confidence_RK, draft.feature_RKF)
+    token, probability, confidence, feature = (
+        x if x is None else torch.cat([x, x.new_zeros(more, *x.shape[1:])]) for x in tensors
+    )
+    assert token is not None and probability is not None and confidence is not None
+    return Draft(token, probability, confidence, [*draft.length_R, *[0] * more], feature)

@@ -6,8 +6,9 @@ R requests of the step, K draft slots.
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
-from dspark.drafters.base import Draft
+from dspark.drafters.base import Draft, GoingOn
 from dspark.engine.admission import Schedule
 from dspark.engine.request import Request
 from dspark.speculation.ledger import Ledger
@@ -37,6 +38,27 @@ class Planning:
         self._audited: list[int] = []
         self._raw_RK: Array | None = None
         self._survival_RK: Array | None = None
+
+    @property
+    def reads_confidence(self) -> bool:
+        """Whether the planner, or what it would learn from, makes anything of what the drafter thinks of its tokens."""
+        return self.calibration is not None or getattr(self.planner, "reads_confidence", True)
+
+    def going_on(self, drafting: int) -> GoingOn | None:
+        """What ends the block of `drafting` requests early; None where the planner has no say in that."""
+        decide, round = getattr(self.planner, "going_on", None), self._round
+        if decide is None or round is None or not any(round.asked_R):
+            return None
+        raw_RK, drawn = np.zeros((round.requests, max(round.asked_R))), 0
+
+        def answer(confidence_R: Tensor) -> bool:
+            nonlocal drawn
+            raw_RK[:drafting, drawn] = as_array(confidence_R.cpu())
+            drawn += 1
+            said_RK = raw_RK if self.calibration is None else self.calibration.confidence(round, raw_RK)
+            return bool(decide(round, said_RK[:drafting, :drawn].prod(1), drawn))
+
+        return answer
 
     def slots(self, schedule: Schedule) -> int:
         """Set how many tokens each request drafts, those that draft in front; returns the most of any."""
@@ -72,6 +94,9 @@ class Planning:
         limit_R = [min(pair) for pair in zip(schedule.limits, draft.length_R, strict=True)]
         self._round = self._round.drafted(limit_R, schedule.limits)
         confidence_RK: Array = as_array(draft.confidence_RK.cpu())
+        missing = max(schedule.limits) - confidence_RK.shape[1]
+        if missing > 0:  # where a block ended tells of its tokens: a planner sees as many slots as it asked for
+            confidence_RK = np.pad(confidence_RK, ((0, 0), (0, missing)))
         self._raw_RK = confidence_RK
         if self.calibration is not None:
             confidence_RK = self.calibration.confidence(self._round, confidence_RK)
@@ -108,9 +133,12 @@ def records(schedule: Schedule, draft: Draft, verdict: Verdict) -> list[RoundRec
     """What an observer gets: the requests that drafted something. One more read from the device than a step without."""
     drafted_R = [min(pair) for pair in zip(schedule.limits, draft.length_R, strict=True)]
     confidence_RK = draft.confidence_RK.tolist()
-    rounds = zip(schedule.sampled, confidence_RK, drafted_R, verdict.plan, verdict.accepted_R, strict=True)
+    feature_RKF = draft.feature_RKF.tolist() if draft.feature_RKF is not None else [[]] * len(drafted_R)
+    columns = (schedule.sampled, confidence_RK, feature_RKF, drafted_R, verdict.plan, verdict.accepted_R)
     return [
-        RoundRecord(request.id, tuple(confidence_K[:drafted]), verified, accepted)
-        for request, confidence_K, drafted, verified, accepted in rounds
+        RoundRecord(
+            request.id, tuple(confidence_K[:drafted]), verified, accepted, tuple(map(tuple, feature_KF[:drafted]))
+        )
+        for request, confidence_K, feature_KF, drafted, verified, accepted in zip(*columns, strict=True)
         if drafted
     ]

@@ -208,6 +208,10 @@ class EngineCore:
             history=[request.tokens for request in drafting],
             sampler=sampler,
             tempered=sampler.tempered,
+            wanted=self.planning.reads_confidence
+            or self.observer is not None
+            or any(request.params.trace for request in drafting),
+            going_on=self.planning.going_on(len(drafting)),
         )
         draft = padded(self.runner.propose(context), len(schedule.sampled))
         return noise, draft if guide is None else guide.follow(draft), guide

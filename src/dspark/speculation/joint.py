@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark.speculation.acceptance import Acceptance
+from dspark.speculation.ending import worth_drafting
 from dspark.speculation.guard import Guard
 from dspark.speculation.prices import Prices
 from dspark.speculation.round import Array, Outcome, Round, as_array
@@ -62,6 +63,23 @@ class Joint(Priced):
         """Steps for which nobody drafting holds, while the requests are the same; 0 where a step's speed matters."""
         return 0 if self.worth.floors else self._left
 
+    def going_on(self, round: Round, survival_R: Array, drawn: int) -> bool:
+        """Whether the drafter draws another slot after `drawn` of them, by the drafting requests' survival so far.
+
+        Where a block ends tells of all requests' tokens. A walk decides on a slot without knowing which later ones
+        exist; a ranking over all slots, such as `Greedy`, would leak.
+        """
+        most, drafting = max(round.asked_R), len(survival_R)
+        draft_K1 = self.prices.drafts(round, most)[drafting]
+        verify_N1 = self.prices.verifying(round, drafting * most)
+        return worth_drafting(
+            survival_R * self.worth.of(round)[:drafting] * (np.asarray(round.asked_R[:drafting]) > drawn),
+            self.means.ahead(most)[drawn - 1, drawn:],
+            row_seconds=float(verify_N1[-1] - verify_N1[drafting * drawn]) / (drafting * (most - drawn)),
+            draft_seconds_J=draft_K1[drawn + 1 :] - draft_K1[drawn],
+            tokens_per_second=self.rate,
+        )
+
     def plan(self, round: Round, survival_RK: Array | None) -> list[int]:
         """The walk's plan at the present price of time."""
         if survival_RK is None:
@@ -95,7 +113,7 @@ class Joint(Priced):
         seconds_N1 = self.prices.verifying(round, planned)
         price = float(seconds_N1[planned])
         if outcome.survival_RK is not None:
-            price += self.prices.drafting(round, max(round.asked_R), sum(n > 0 for n in round.asked_R))
+            price += self.prices.drafting(round, max(round.limit_R), sum(n > 0 for n in round.asked_R))
         self.guard.observe(outcome, price, float(seconds_N1[0]))
 
     def _alone(self, survival_K: list[float], round: Round) -> int:

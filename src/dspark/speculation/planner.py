@@ -44,6 +44,7 @@ class Fixed:
     """The first `length` drafted tokens of every request, always; 0 is no speculation."""
 
     length: int
+    reads_confidence = False
 
     def slots(self, round: Round) -> list[int]:
         return [min(self.length, limit) for limit in round.limit_R]
@@ -57,6 +58,8 @@ class Fixed:
 
 class Full:
     """Everything that was drafted."""
+
+    reads_confidence = False
 
     def slots(self, round: Round) -> list[int]:
         return list(round.limit_R)

@@ -22,6 +22,7 @@ class RoundRecord:
     confidence: tuple[float, ...]  # the drafter's own c_k, one for each drafted token that the request had room for
     verified: int  # 0..len(confidence); what the plan cut off has no outcome
     accepted: int  # 0..verified
+    features: tuple[tuple[float, ...], ...] = ()  # of each drafted token, where a confidence was made of some
 
     @property
     def full(self) -> bool:

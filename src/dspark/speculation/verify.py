@@ -75,7 +75,8 @@ def verify_tempered(
         token_RK, law_RKV = noise.no_draft(logits_BV.shape[1])
     else:
         token_RK, law_RKV = draft.token_RK, draft.probability_RKV
-    columns = verdict(logits_BV, plan, token_RK, law_RKV, temperature_R, noise.accept_RK, noise.final_R)
+    accept_RK = noise.accept_RK[:, : token_RK.shape[1]]  # a block may have ended early
+    columns = verdict(logits_BV, plan, token_RK, law_RKV, temperature_R, accept_RK, noise.final_R)
     accepted, final = columns[0].tolist(), columns[1].tolist()
     if max(final) >= logits_BV.shape[1]:
         raise FloatingPointError(NO_NUMBERS)
