@@ -3,10 +3,10 @@
 python benchmarks/families.py --out DIR [--target DIR] [--train DIR --held-out DIR | --corpus train.npy] [--steps N]
 
 One command, one thread, resumable at any moment: it writes training text with the target where none is given, at
-temperature 1 as it is measured, trains every run of `RUNS` by recipe with the same data, steps, batches and taps, lets the engine write both domains of
-`dspark.demo.domains` at temperature 1, and reports what is there so far in DIR/report.md, DIR/*.png and
-DIR/families.json. `--only NAME...` trains those runs alone, `--report` none. Two of them at once with different NAMEs
-share the features and use two cores.
+temperature 1 as it is measured, trains every run of `RUNS` by recipe with the same data, steps, batches and taps, lets
+the engine write both domains of `dspark.demo.domains` at temperature 1, and reports what is there so far in
+DIR/report.md, DIR/*.png and DIR/families.json. `--only NAME...` trains those runs alone, `--report` none. Two of them
+at once with different NAMEs share the features and use two cores.
 """
 
 from __future__ import annotations
