@@ -7,7 +7,20 @@ import sys
 
 import typer
 
-from dspark.cli import bench, calibrate, certify, data, demo, evaluate, generate, profile, serve, simulate, train
+from dspark.cli import (
+    bench,
+    calibrate,
+    certify,
+    data,
+    demo,
+    evaluate,
+    export,
+    generate,
+    profile,
+    serve,
+    simulate,
+    train,
+)
 from dspark.common.errors import UserError
 
 app = typer.Typer(
@@ -21,6 +34,7 @@ app.command()(generate.generate)
 app.command()(serve.serve)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
+app.command()(export.export)
 app.command()(profile.profile)
 app.command()(simulate.simulate)
 app.command()(calibrate.calibrate)

@@ -43,7 +43,7 @@ class Prompts:
 
 
 def mixed(rng: np.random.Generator) -> float:
-    """A temperature: 0 a third of the time, else 0.7 to 1: people ask for both, greedy text loops and teaches little."""
+    """A temperature: 0 a third of the time, else 0.7 to 1: greedy text loops and teaches little."""
     return 0.0 if rng.random() < 1 / 3 else float(0.7 + 0.3 * rng.random())
 
 

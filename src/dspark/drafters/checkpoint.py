@@ -1,4 +1,4 @@
-"""Reads and writes drafter directories in DeepSpec's format (`config.json`, `model.safetensors`)."""
+"""Reads drafter directories of any known format, and writes them in DeepSpec's (`config.json`, `model.safetensors`)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dspark.common.errors import UserError
 from dspark.common.files import replacing_directory
+from dspark.drafters import formats
 from dspark.drafters.backbone import Backbone
 from dspark.drafters.body import Body
 from dspark.drafters.config import DrafterConfig, parse
@@ -25,6 +26,7 @@ from dspark.drafters.layer_skip import ExitHead
 from dspark.drafters.layers import RotaryEmbedding
 from dspark.drafters.medusa import Medusa
 from dspark.drafters.mtp import MTP
+from dspark.drafters.pruned import whole_vocabulary
 from dspark.drafters.student import Student
 from dspark.drafters.vocab import TargetParts, check_fit
 
@@ -109,6 +111,24 @@ def build(config: DrafterConfig, embedding_VD: Tensor, lm_head: nn.Module, *, ma
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
+    """config.json in the native format, whatever it is stored in. Raises UserError where it cannot be read."""
+    return formats.native(read_json(directory), f"{directory}/config.json")
+
+
+def read_drafter(directory: str | Path) -> tuple[DrafterConfig, dict[str, Tensor]]:
+    """Config and tensors of a drafter's directory, of any format, as the native format has them.
+
+    Raises UserError for a damaged one, and for a drafter that cannot be run as it was meant.
+    """
+    stored = read_json(directory)
+    config = parse(formats.native(stored, f"{directory}/config.json"), f"{directory}/config.json")
+    tensors = formats.FORMATS[formats.format_of(stored)].tensors(read_tensors(directory), config)
+    if config.kind == "eagle3" and config.draft_vocab_size == config.vocab_size:
+        tensors = whole_vocabulary(config.vocab_size) | tensors
+    return resolve_confidence(config, tensors), tensors
+
+
+def read_json(directory: str | Path) -> dict[str, Any]:
     """config.json as it stands. Raises UserError where there is none or it is no JSON object."""
     path = Path(directory, "config.json")
     if not path.is_file():
@@ -158,8 +178,7 @@ def load(
     Beside a target it shares the target's embedding and LM head (and takes its device and dtype); the file's copies
     are only checked for their shape and may be absent. Without one they come from the file.
     """
-    config, tensors = parse(read_config(directory), f"{directory}/config.json"), read_tensors(directory)
-    config = resolve_confidence(config, tensors)
+    config, tensors = read_drafter(directory)
     shared = borrowed(config)
     if target is not None:
         check_fit(config, target, str(directory))

@@ -146,9 +146,9 @@ def block_fields(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 
 def eagle3_fields(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The draft vocabulary, where it is not the target's."""
+    """The draft vocabulary, where the LM head is the drafter's own."""
     vocabulary, drafted = raw["vocab_size"], raw.get("draft_vocab_size")
-    if drafted is None or drafted == vocabulary:
+    if drafted is None:
         return {}
     if positive(raw, "draft_vocab_size", origin) > vocabulary:
         raise UserError(f"{origin}: draft_vocab_size {drafted} exceeds the vocabulary of {vocabulary}; make it smaller")
@@ -181,6 +181,16 @@ def layer_skip_fields(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
             f"{origin}: target_layer_ids is {raw['target_layer_ids']}; a layer-skip drafter runs layer 0 at least"
         )
     return {}
+
+
+def refuse_causal_windows(raw: Mapping[str, Any], origin: str) -> None:
+    """Raises UserError for layers with a sliding window, where the format makes those causal inside a block."""
+    types = list(raw.get("layer_types") or ())
+    if "sliding_attention" in types:
+        raise UserError(
+            f"{origin}: layer {types.index('sliding_attention')} has a sliding window and is causal inside the block; "
+            "a backbone here sees its whole block, use full_attention layers"
+        )
 
 
 def check_fields(raw: Mapping[str, Any], required: tuple[str, ...], origin: str) -> None:

@@ -20,6 +20,11 @@ def offsets(kept_U: Tensor) -> Tensor:
     return kept_U - torch.arange(len(kept_U), device=kept_U.device)
 
 
+def whole_vocabulary(size: int) -> dict[str, Tensor]:
+    """The maps of a drafter whose own LM head covers every token of the target's."""
+    return {"d2t": torch.zeros(size, dtype=torch.long), "t2d": torch.ones(size, dtype=torch.bool)}
+
+
 def kept(d2t_U: Tensor) -> Tensor:
     """The target's ids [U] behind the draft ids."""
     return d2t_U + torch.arange(len(d2t_U), device=d2t_U.device)
