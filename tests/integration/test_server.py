@@ -244,7 +244,7 @@ def test_errors_reach_the_sdk(served):
         served.openai.completions.create(model=MODEL, prompt=[5] * 400)
     assert caught.value.code == "context_length_exceeded"
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    with pytest.raises(openai.BadRequestError, match="tools is not known or not supported"):
+    with pytest.raises(openai.BadRequestError, match="chat template does not write tools"):
         served.openai.chat.completions.create(model=MODEL, messages=TALK, tools=tools)
     assert served.http.get("/nowhere").json()["error"]["type"] == "not_found_error"
     assert served.http.get("/v1/completions").status_code == 405

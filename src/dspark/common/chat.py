@@ -32,7 +32,9 @@ def chat_text(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **options
         )
     except Exception as error:  # templates raise whatever their authors chose
-        raise UserError(f"the chat template refuses the messages: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"the chat template refuses the messages: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase | None, messages: Sequence[Message], **options: Any) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from dspark.common.errors import UserError
 
-Kind = Literal["json_schema", "regex", "choice", "grammar"]
+Kind = Literal["json_schema", "regex", "choice", "grammar", "lark"]
 MOST_BYTES = 128 << 10  # a grammar this long takes about a second to compile
 
 
@@ -58,6 +58,11 @@ class Grammar:
     def grammar(rules: str) -> Grammar:
         """Text that a context-free grammar derives, in Lark's notation or llama.cpp's GBNF."""
         return Grammar("grammar", rules)
+
+    @staticmethod
+    def lark(rules: str) -> Grammar:
+        """The same in Lark's notation with llguidance's extensions, such as `%json`."""
+        return Grammar("lark", rules)
 
 
 def _dumped(value: object, name: str) -> str:

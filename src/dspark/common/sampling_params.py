@@ -36,6 +36,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    skip_special_tokens: bool = True  # of the text; a chat with tools needs to see them
     trace: bool = False  # tell of every token whether it was drafted, and how sure of it the drafter was
     grammar: Grammar | None = None  # what the text must look like; masks the logits before everything else here
     speculation: int | Literal["off"] | None = None  # most tokens drafted a round; "off" is 0, None leaves it to plans

@@ -11,12 +11,12 @@ WINDOW = 16  # tokens decoded again with each commit, about
 Decode = Callable[[list[int]], str]
 
 
-def decoder_of(tokenizer: object) -> Decode:
-    """The cheapest faithful decode of a tokenizer, special tokens left out."""
+def decoder_of(tokenizer: object, *, skip_special: bool = True) -> Decode:
+    """The cheapest faithful decode of a tokenizer, special tokens left out unless `skip_special` is False."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None and not getattr(tokenizer, "clean_up_tokenization_spaces", False):
+    if skip_special and backend is not None and not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return backend.decode
-    return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)  # type: ignore[attr-defined]
+    return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=skip_special)  # type: ignore[attr-defined]
 
 
 @dataclass

@@ -68,10 +68,16 @@ class Intake:
             seed=int(self._seeds.integers(MAX_SEED)) if params.seed is None else params.seed,
             stop_ids=eos.union(params.stop_token_ids),
             page_row=np.zeros(self.row_width, dtype=np.int32),
-            detokenizer=Detokenizer(self._decode, tokens, params.stop) if self._decode is not None else None,
+            detokenizer=self._detokenizer(tokens, params),
             matcher=self.grammars.matcher(params.grammar) if params.grammar is not None else None,
             statistics=RequestStatistics(prompt_tokens=len(tokens)),
         )
+
+    def _detokenizer(self, tokens: list[int], params: SamplingParams) -> Detokenizer | None:
+        if self._decode is None:
+            return None
+        decode = self._decode if params.skip_special_tokens else decoder_of(self.tokenizer, skip_special=False)
+        return Detokenizer(decode, tokens, params.stop)
 
     def tokenize(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids of a prompt. Reads nothing that a step writes, so any thread may call it."""

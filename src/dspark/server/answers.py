@@ -6,10 +6,11 @@ import itertools
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from dspark.engine.request import RequestStatistics, TokenLogprob, TokenTrace
+from dspark.server.tool_calls import CallFormat, CallReader, ToolCall
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 HALF = "\ufffd"
@@ -35,6 +36,21 @@ class Piece:
         if more.trace is not None:
             self.trace = [*(self.trace or []), *more.trace]
         self.finish_reason, self.statistics = more.finish_reason, more.statistics
+
+
+def best(texts: Sequence[Piece], choices: int, candidates: int) -> list[Piece]:
+    """Of every prompt's candidates the `choices` likeliest by mean log-probability of their tokens, likeliest first."""
+    if choices == candidates:
+        return list(texts)
+
+    def mean(piece: Piece) -> float:
+        found = piece.logprobs or ()
+        return sum(one.logprob for one in found) / max(len(found), 1)
+
+    kept = []
+    for start in range(0, len(texts), candidates):
+        kept += sorted(texts[start : start + candidates], key=mean, reverse=True)[:choices]
+    return [replace(piece, choice=index) for index, piece in enumerate(kept)]
 
 
 @dataclass
@@ -143,7 +159,9 @@ class _Base:
 class ChatForm(_Base):
     """/v1/chat/completions."""
 
+    calls: CallFormat | None = None  # how the model writes calls of tools, where it was offered any
     prefix = "chatcmpl"
+    _readers: dict[int, CallReader] = field(default_factory=dict)
 
     def head(self, choices: int) -> list[dict[str, Any]]:
         """The assistant's turn begins."""
@@ -155,25 +173,38 @@ class ChatForm(_Base):
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """More of a message."""
-        delta = {"content": piece.text} if piece.text or not piece.finish_reason else {}
+        content, calls, piece = self._read(piece)
+        delta: dict[str, Any] = {"content": content} if content or not (piece.finish_reason or calls) else {}
+        if calls:
+            first = self._readers[piece.choice].calls - len(calls)
+            delta["tool_calls"] = [{"index": first + i, **call.json()} for i, call in enumerate(calls)]
         choice = self._choice(piece, delta=delta, logprobs=self._logprobs(piece.logprobs))
         return self._object("chat.completion.chunk", [choice])
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """Whole messages."""
-        made = [
-            self._choice(
-                piece,
-                message={"role": "assistant", "content": piece.text, "refusal": None},
-                logprobs=self._logprobs(piece.logprobs),
-            )
-            for piece in choices
-        ]
+        made = []
+        for text in choices:
+            content, calls, piece = self._read(text)
+            message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+            if calls:
+                message |= {"content": content or None, "tool_calls": [call.json() for call in calls]}
+            made.append(self._choice(piece, message=message, logprobs=self._logprobs(piece.logprobs)))
         return self._object("chat.completion", made) | {"usage": usage.json()}
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         """No choice, only the count."""
         return self._object("chat.completion.chunk", []) | {"usage": usage.json()}
+
+    def _read(self, piece: Piece) -> tuple[str, list[ToolCall], Piece]:
+        """The content and the calls of a piece; a text that ends by itself with a call finishes with `tool_calls`."""
+        if self.calls is None:
+            return piece.text, [], piece
+        reader = self._readers.setdefault(piece.choice, CallReader(self.calls))
+        content, calls = reader.feed(piece.text, final=piece.finish_reason is not None)
+        if reader.calls and piece.finish_reason == "stop":
+            piece = replace(piece, finish_reason="tool_calls")
+        return content, calls, piece
 
     def _logprobs(self, found: list[TokenLogprob] | None) -> dict[str, Any] | None:
         if found is None:
@@ -200,6 +231,7 @@ class TextForm(_Base):
     """/v1/completions."""
 
     echoed: Sequence[str] | None = None  # the prompt of each choice, to stand before its text
+    silent: bool = False  # log-probabilities chose among candidates; the client did not ask for them
     prefix = "cmpl"
     _offset: dict[int, int] = field(default_factory=dict)  # characters of each choice so far
 
@@ -229,7 +261,7 @@ class TextForm(_Base):
         return self._object("text_completion", []) | {"usage": usage.json()}
 
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
-        if piece.logprobs is None:
+        if piece.logprobs is None or self.silent:
             return None
         texts = [self.decode(one.token_id) for one in piece.logprobs]
         start = self._offset.get(piece.choice, 0)

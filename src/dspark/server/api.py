@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -14,10 +15,11 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dspark.common.errors import UserError
+from dspark.common.grammar import Grammar
 from dspark.common.sampling_params import SamplingParams
 from dspark.engine.engine import Engine
 from dspark.server import playground
-from dspark.server.answers import ChatForm, Form, Piece, TextForm, Usage
+from dspark.server.answers import ChatForm, Form, Piece, TextForm, Usage, best
 from dspark.server.calls import Calls, call_of
 from dspark.server.errors import ApiError, ClientGone, install
 from dspark.server.idempotency import Idempotency
@@ -34,6 +36,8 @@ from dspark.server.protocol import (
 from dspark.server.results import Results
 from dspark.server.service import ServerConfig, Service, package_version
 from dspark.server.stream import EventStream, while_listening
+from dspark.server.tool_calls import CallFormat
+from dspark.server.tools import NamedTool, forcing, format_of
 
 Job = tuple[list[int], SamplingParams]
 
@@ -82,14 +86,18 @@ def _completions(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue prompts."""
         service.check_model(body.model)
-        service.gate.check(len(body.prompts) * body.choices)
-        params = body.params(max_tokens=body.max_tokens, logprobs=body.logprobs)
+        service.gate.check(len(body.prompts) * body.candidates)
+        picking = body.candidates > body.choices
+        params = body.params(
+            max_tokens=body.max_tokens, logprobs=0 if picking and body.logprobs is None else body.logprobs
+        )
         prompts = [await service.tokens(prompt) for prompt in body.prompts]
         jobs = [(tokens, one) for tokens in prompts for one in params]
         form = TextForm(service.config.name, service.fingerprint, service.decode)
         if body.echo:
             texts = [p if isinstance(p, str) else _decoded(service, p) for p in body.prompts]
-            form.echoed = [text for text in texts for _ in params]
+            form.echoed = [text for text in texts for _ in range(body.choices)]
+        form.silent = body.logprobs is None
         return await _answer(service, request, body, jobs, form)
 
     @app.post("/v1/chat/completions")
@@ -98,23 +106,39 @@ def _completions(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         service.gate.check(body.choices)
         asked = body.max_completion_tokens or body.max_tokens
-        params = body.params(max_tokens=asked, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
-        tokens = await service.chat_tokens(body.messages)
-        form = ChatForm(service.config.name, service.fingerprint, service.decode)
+        form, grammar = ChatForm(service.config.name, service.fingerprint, service.decode), None
+        if body.offered:
+            form.calls, grammar = await asyncio.to_thread(_calling, service, body)
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        special = form.calls is not None
+        params = body.params(max_tokens=asked, logprobs=logprobs, grammar=grammar, special=special)
+        tokens = await service.chat_tokens(body.messages, body.offered)
         return await _answer(service, request, body, [(tokens, one) for one in params], form)
+
+
+def _calling(service: Service, body: ChatRequest) -> tuple[CallFormat, Grammar | None]:
+    """How calls of the offered tools are written, and the grammar of a text that must hold one."""
+    tokenizer = service.engine.core.tokenizer
+    kind = format_of(tokenizer, [tool.model_dump(exclude_none=True) for tool in body.offered])
+    several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)
+    kind = kind if several else replace(kind, most=1)
+    if not body.forced:
+        return kind, None
+    assert tokenizer is not None, "a format was read from its template"
+    return kind, forcing(kind, body.forced, tokenizer, several=several)
 
 
 async def _answer(service: Service, request: Request, body: Sampling, jobs: Sequence[Job], form: Form) -> Response:
     """The response to a checked request: an error of the first step still has its own status, streamed or not."""
     usage = Usage()
     call = call_of(request.scope)
-    pieces = service.pieces(jobs, usage, choices=body.choices, call=call, deadline_ms=body.dspark.deadline_ms)
+    pieces = service.pieces(jobs, usage, choices=body.candidates, call=call, deadline_ms=body.dspark.deadline_ms)
 
     async def collect() -> list[Piece]:
         whole = [Piece(place, "") for place in range(len(jobs))]
         async for piece in pieces:
             whole[piece.choice].take(piece)
-        return whole
+        return best(whole, body.choices, body.candidates)
 
     try:
         if not body.stream:

@@ -1,16 +1,20 @@
 """What clients may ask: OpenAI's fields that this server honours, and the extensions, checked as they come in.
 
 A field that is not here is refused, as OpenAI does, whether nobody knows it or this server cannot do it: an answer that
-silently ignored `tools` or `response_format` would be wrong. Fields that do not change the text are taken and unused.
+silently ignored what was asked for would be wrong. Fields that do not change the text are taken and unused.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dspark.common.grammar import Grammar
 from dspark.common.sampling_params import MAX_SEED, SamplingParams
+from dspark.server.structured import Strict, Structured
+from dspark.server.tools import MOST_TOOLS, Choice, Function, NamedTool, Tool
 
 MAX_CHOICES = 128
 MAX_STOPS = 64
@@ -18,12 +22,6 @@ MAX_STOPS = 64
 Text = Annotated[str, Field(min_length=1)]
 Token = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Strict(BaseModel):
-    """Refuses fields that it does not have."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class StreamOptions(Strict):
@@ -45,7 +43,7 @@ class Extensions(Strict):
     deadline_ms: Annotated[int, Field(ge=1, le=10**9, strict=True)] | None = None  # from the request's arrival
 
 
-class Sampling(Strict):
+class Sampling(Structured):
     """The fields that both kinds of completion share."""
 
     model: str | None = None
@@ -93,8 +91,15 @@ class Sampling(Strict):
         """Texts for each prompt."""
         return self.n or 1
 
-    def params(self, *, max_tokens: int | None, logprobs: int | None) -> list[SamplingParams]:
-        """The sampling parameters of each choice of one prompt. Choice i of a seed s is drawn with seed s + i."""
+    @property
+    def candidates(self) -> int:
+        """Texts generated for each prompt, of which the choices are the best."""
+        return self.choices
+
+    def params(
+        self, *, max_tokens: int | None, logprobs: int | None, grammar: Grammar | None = None, special: bool = False
+    ) -> list[SamplingParams]:
+        """The sampling parameters of each text of one prompt. Text i of a seed s is drawn with seed s + i."""
         shared: dict[str, Any] = {
             name: value
             for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty")
@@ -106,7 +111,8 @@ class Sampling(Strict):
         shared["stop_token_ids"] = tuple(self.stop_token_ids or ())
         shared["top_k"] = max(self.top_k or 0, 0)  # -1 is "off" elsewhere
         shared["ignore_eos"] = bool(self.ignore_eos)
-        seeds = [None if self.seed is None else (self.seed + i) % (MAX_SEED + 1) for i in range(self.choices)]
+        shared |= {"grammar": grammar or self.grammar, "skip_special_tokens": not special}
+        seeds = [None if self.seed is None else (self.seed + i) % (MAX_SEED + 1) for i in range(self.candidates)]
         return [SamplingParams(max_tokens=max_tokens, logprobs=logprobs, seed=seed, **shared) for seed in seeds]
 
 
@@ -115,6 +121,7 @@ class CompletionRequest(Sampling):
 
     prompt: str | list[Token] | list[str] | list[list[Token]]
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -124,10 +131,18 @@ class CompletionRequest(Sampling):
             raise ValueError("logprobs of an echoed prompt are not computed; leave out echo or logprobs")
         if not self.prompt:
             raise ValueError("the prompt is empty; pass at least one token")
-        if len(self.prompts) * self.choices > MAX_CHOICES:
-            asked = f"{len(self.prompts)} prompts with {self.choices} choices each"
+        if self.best_of is not None and self.best_of < self.choices:
+            raise ValueError(f"best_of {self.best_of} is below n {self.choices}; pass {self.choices} or more")
+        if self.stream and self.candidates > self.choices:
+            raise ValueError("best_of above n cannot be streamed; leave out stream or best_of")
+        if len(self.prompts) * self.candidates > MAX_CHOICES:
+            asked = f"{len(self.prompts)} prompts with {self.candidates} texts each"
             raise ValueError(f"{asked} are more than {MAX_CHOICES} texts; send several requests")
         return self
+
+    @property
+    def candidates(self) -> int:
+        return self.best_of or self.choices
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -144,6 +159,31 @@ class TextPart(Strict):
     text: str
 
 
+class CalledFunction(Strict):
+    """What was called, with JSON for arguments."""
+
+    name: str
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _an_object(cls, arguments: str) -> str:
+        try:
+            if isinstance(json.loads(arguments or "{}"), dict):
+                return arguments
+        except (ValueError, RecursionError):
+            pass
+        raise ValueError("arguments are not the JSON of an object")
+
+
+class Call(Strict):
+    """A call that the assistant asked for in an earlier turn."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
     """One turn. What the template may want beside it (`name`, `tool_calls`, `tool_call_id`) goes to the template."""
 
@@ -151,13 +191,15 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
 
     def as_template(self) -> dict[str, Any]:
         """The message as chat templates know it: text content, and `system` for OpenAI's newer `developer`."""
         content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
         message = self.model_dump(exclude_none=True) | {"content": content}
+        for call in message.get("tool_calls", ()):  # templates write the arguments themselves
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
         return message | {"role": "system"} if self.role == "developer" else message
 
 
@@ -169,12 +211,39 @@ class ChatRequest(Sampling):
     max_tokens: Annotated[int, Field(ge=1)] | None = None  # its older name
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
-    def _logprobs_agree(self) -> ChatRequest:
+    def _fields_agree(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice needs tools; pass some or leave it out")
+        if self.offered and self._constraints():
+            raise ValueError("tools and a format for the text exclude each other; pass one of them or tool_choice none")
+        if isinstance(self.tool_choice, NamedTool) and not self.forced:
+            raise ValueError(f"tool_choice {self.tool_choice.function.name!r} is none of the tools; name one of them")
+        if not self.forced and any(one.function.strict for one in self.offered):
+            raise ValueError(
+                "strict tools are kept where tool_choice is required or names one; choose so, or drop strict"
+            )
         return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model may know of."""
+        return [] if self.tool_choice == "none" else list(self.tools or ())
+
+    @property
+    def forced(self) -> list[Function]:
+        """The functions of which one must be called; none where the model is free to answer."""
+        if self.tool_choice == "required":
+            return [tool.function for tool in self.offered]
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool.function for tool in self.offered if tool.function.name == self.tool_choice.function.name]
+        return []
 
 
 class TokenizeRequest(Strict):

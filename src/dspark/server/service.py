@@ -24,6 +24,7 @@ from dspark.server.limits import Gate
 from dspark.server.metrics import Metrics
 from dspark.server.protocol import ChatMessage
 from dspark.server.rates import Rates
+from dspark.server.tools import Tool
 
 ASK_SECONDS = 1.0  # how long /metrics waits for the end of a step before it tells the state before
 
@@ -100,10 +101,12 @@ class Service:
             return self._fitting(self._tokenize(prompt))
         return self._fitting(await asyncio.to_thread(self._tokenize, prompt))
 
-    async def chat_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
+    async def chat_tokens(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> list[int]:
         """A conversation's tokens, through the target's template."""
         rendered = [message.as_template() for message in messages]
-        tokens = await asyncio.to_thread(render_chat, self.engine.core.tokenizer, rendered)
+        options = {"tools": [tool.model_dump(exclude_none=True) for tool in tools]} if tools else {}
+        render = functools.partial(render_chat, self.engine.core.tokenizer, rendered, **options)
+        tokens = await asyncio.to_thread(render)
         return self._fitting(tokens)
 
     async def pieces(
@@ -135,6 +138,9 @@ class Service:
                         if place in fresh:
                             fresh.discard(place)
                             usage.cached += commit.statistics.cached_tokens
+                        if commit.error is not None:
+                            said = f"the text cannot follow its grammar any further: {commit.error}; simplify it"
+                            raise ApiError(400, said, code="grammar_failed")
                         last = commit.statistics if commit.finish_reason else None
                         yield Piece(place, commit.text, commit.logprobs, commit.finish_reason, last, commit.trace)
             except (StepFailed, EngineStopped, DeadlinePassed) as error:
