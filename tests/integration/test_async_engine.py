@@ -5,7 +5,8 @@ import threading
 import time
 
 import pytest
-from engines import engine, plain, prompts
+import torch
+from engines import engine, plain, prompts, run
 
 from dspark.common.errors import UserError
 from dspark.common.sampling_params import SamplingParams
@@ -119,6 +120,52 @@ def test_a_failing_step_ends_those_in_it_and_the_engine_goes_on():
             assert served.failed_steps == 1 and served.stopped is None
             await served.ask(lambda core: core.check_integrity())
         assert core.idle
+
+    asyncio.run(main())
+
+
+LAWS = {
+    "greedy": {"temperature": 0},
+    "rejection": {"temperature": 1, "acceptance": "rejection", "seed": 5},
+    "coupled": {"temperature": 1, "seed": 5},
+    "penalized": {"temperature": 0, "repetition_penalty": 1.1},
+}
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("kind", ["none", "dspark"])
+def test_a_request_whose_logits_are_no_numbers_fails_alone(law, kind):
+    fields = LAWS[law] | {"max_tokens": 40}
+    whole = run(engine(kind, max_running=3), PROMPTS[:3], **fields)
+
+    async def main():
+        core = engine(kind, max_running=3)
+        forward, steps = core.runner.forward, []
+
+        @torch.inference_mode()
+        def poisoned(step):
+            logits, taps = forward(step)
+            if not steps and len(core.admission.running) == 3 and core.admission.running[2].output_length > 2:
+                steps.append(step)
+                bad = core.admission.running[1]
+                hit = torch.isin(step.batch.slot_T // core.config.page_size, torch.tensor(bad.pages))
+                logits[hit[step.rows_B], 0] = float("nan")  # one entry of each of its rows
+                for pool in (core.runner.pool.keys, core.runner.pool.values):
+                    pool[0][step.batch.slot_T[hit]] = float("nan")
+            return logits, taps
+
+        core.runner.forward = poisoned
+        async with Engine(core) as served:
+            asked = [served.generate(prompt, SamplingParams(**fields)) for prompt in PROMPTS[:3]]
+            results = await asyncio.gather(*asked, return_exceptions=True)
+            (failed,) = (result for result in results if isinstance(result, BaseException))
+            assert isinstance(failed, StepFailed) and "not numbers" in str(failed)
+            told = [result.token_ids for result in results if not isinstance(result, StepFailed)]
+            if law != "rejection":  # whose text depends on how many rounds its drafts took
+                assert told == [whole[i] for i, result in enumerate(results) if not isinstance(result, StepFailed)]
+            again = await served.generate(PROMPTS[0], greedy())
+            assert again.token_ids == plain(PROMPTS[0], COUNT) and served.failed_steps == 1
+            await served.ask(lambda core: core.check_integrity())
 
     asyncio.run(main())
 

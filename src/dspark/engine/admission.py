@@ -134,6 +134,11 @@ class Admission:
             request.append_page(page)
         return True
 
+    def preempt_all(self) -> None:
+        """Every running request gives its pages back and waits, in its order."""
+        while self.running:
+            self._preempt(self.running.pop())
+
     def _preempt(self, request: Request) -> None:
         self.pool.release(request.drop_pages())
         request.statistics.preemptions += 1

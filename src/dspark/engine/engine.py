@@ -23,7 +23,7 @@ from dspark.drafters.base import Drafter
 from dspark.engine.build import build_engine
 from dspark.engine.llm import Result
 from dspark.engine.request import Commit
-from dspark.engine.step import EngineCore
+from dspark.engine.step import EngineCore, RequestsFailed
 from dspark.models.target import Target
 
 Prompt = str | Sequence[int]
@@ -191,18 +191,21 @@ class Engine:
                 self.core.cancel(request_id)
 
     def _step(self) -> None:
-        """One step. One that fails ends the requests in it; the engine goes on if their pages can be had back."""
+        """One step. One that fails ends the requests to blame, or all in it; the engine goes on if it has its pages."""
         self._step_started = time.monotonic()
         try:
             self._deliver(self.core.step())
         except Exception as error:
             self.failed_steps += 1
-            hit = [self._streams.pop(request_id, None) for request_id in self.core.abandon()]
+            hit = [self._streams.pop(request_id, None) for request_id in self._abandon(error)]
             failure = StepFailed(f"a step failed: {error}")
             failure.__cause__ = error
             self._send([(stream, failure) for stream in dict.fromkeys(hit) if stream is not None])
         finally:
             self._step_started = None
+
+    def _abandon(self, error: Exception) -> list[int]:
+        return self.core.abandon(error.request_ids if isinstance(error, RequestsFailed) else None)
 
     def _run(self) -> None:
         try:

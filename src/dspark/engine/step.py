@@ -36,9 +36,17 @@ from dspark.speculation.noise import RoundNoise
 from dspark.speculation.planner import Planner, parse_planner
 from dspark.speculation.reliability import Observer
 from dspark.speculation.statistics import SpeculationStatistics
-from dspark.speculation.verify import Verdict, verify, verify_tempered
+from dspark.speculation.verify import NoNumbers, Verdict, sound, verify, verify_tempered
 
 HEADROOM = 2  # slots a drafter may read past its block
+
+
+class RequestsFailed(FloatingPointError):
+    """A step in which the target gave no numbers for some requests. It committed nothing; the others lost nothing."""
+
+    def __init__(self, request_ids: Sequence[int], why: Exception):
+        super().__init__(str(why))
+        self.request_ids = list(request_ids)
 
 
 class EngineCore:
@@ -159,15 +167,17 @@ class EngineCore:
             self._next_metering = (time.perf_counter() - before) / self.metering
         return commits
 
-    def abandon(self) -> list[int]:
-        """After a step that raised: cancel every request that was running and return their ids; the waiting stay.
+    def abandon(self, failed: Sequence[int] | None = None) -> list[int]:
+        """After a step that raised: cancel the requests `failed`, or else all that were running; return their ids.
 
-        What the step left in the pages may be no numbers, and attention reads the unused end of a page before it
-        masks it: all pages, which nobody holds any more, are made anew. Raises what the device raises if it is gone.
+        Everybody else waits and goes on where they were. What the step left in the pages may be no numbers, and
+        attention reads the unused end of a page before it masks it: all pages, which nobody holds any more, are made
+        anew. Raises what the device raises if it is gone.
         """
-        ids = [request.id for request in self.admission.running]
+        ids = [request.id for request in self.admission.running] if failed is None else list(failed)
         for request_id in ids:
             self.cancel(request_id)
+        self.admission.preempt_all()
         self.forget_prefixes()
         self.check_integrity()
         self.runner.clear()
@@ -228,12 +238,15 @@ class EngineCore:
         if noise is None:
             return Verdict([], [], [])
         temperature_R = self.laws.group(schedule.sampled).shaping.temperature_R
-        if temperature_R is not None and not noise.coupled and guide is None and has_kernel(logits_BV):
-            return verify_tempered(draft, plan, logits_BV, temperature_R, noise)
-        law_BV = self.laws.target(schedule.sampled, logits_BV, draft, plan, guide)
-        if guide is not None:
-            guide.rewind()
-        return verify(draft, plan, law_BV, noise)
+        try:
+            if temperature_R is not None and not noise.coupled and guide is None and has_kernel(logits_BV):
+                return verify_tempered(draft, plan, logits_BV, temperature_R, noise)
+            law_BV = self.laws.target(schedule.sampled, logits_BV, draft, plan, guide)
+            if guide is not None:
+                guide.rewind()
+            return verify(draft, plan, law_BV, noise, sound(logits_BV))
+        except NoNumbers as error:
+            raise RequestsFailed([schedule.sampled[place].id for place in error.places], error) from error
 
     def _commit(self, schedule: Schedule, draft: Draft | None, verdict: Verdict, logits_BV: Tensor) -> list[Commit]:
         """Requests take their tokens, full pages become findable, finished requests leave."""

@@ -26,7 +26,7 @@ def verdict(
     accept_RK: Tensor,
     final_R: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(accepted [R], the token committed after them [R]), int64; a token of V says that the logits are no numbers.
+    """(accepted [R], the token committed after them [R]), int64; V where its row has a NaN or no finite maximum.
 
     The law of row b is softmax(logits / temperature), a one-hot at the first largest logit for temperature 0. Accept
     with probability min(1, p/q); at the first rejection draw from normalize(max(p - q, 0)), with none from p. Rows
@@ -64,6 +64,11 @@ def verdict_plain(
         token = token_RK[r, :length]
         passed = accepts(p_LV[slot, token], q_RKV[r, slot, token], accept_RK[r, :length])
         count = int(passed.cumprod(0).sum())
+        unsound = (~x_LV.amax(1).isfinite()).nonzero()[:1].flatten().tolist()  # the largest of a row with NaN is NaN
+        if unsound and unsound[0] <= count:
+            accepted.append(unsound[0])
+            last.append(x_LV.shape[1])
+            continue
         law_1V = p_LV[count : count + 1]
         if count < length:
             law_1V = residual(law_1V, q_RKV[r, count : count + 1].to(wide))

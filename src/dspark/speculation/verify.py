@@ -21,6 +21,14 @@ from dspark.speculation.noise import RoundNoise
 NO_NUMBERS = "the target's probabilities are not numbers; run the target in float32 or bfloat16"
 
 
+class NoNumbers(FloatingPointError):
+    """The law of some requests is not made of numbers: `places` are theirs in the round."""
+
+    def __init__(self, places: Sequence[int]):
+        super().__init__(NO_NUMBERS)
+        self.places = list(places)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What one round commits. All on the host."""
@@ -30,14 +38,17 @@ class Verdict:
     plan: list[int]  # how many drafted tokens were verified
 
 
-def verify(draft: Draft | None, plan: Sequence[int], target_BV: Tensor, noise: RoundNoise) -> Verdict:
+def verify(
+    draft: Draft | None, plan: Sequence[int], target_BV: Tensor, noise: RoundNoise, sound_B: Tensor | None = None
+) -> Verdict:
     """Commit tokens distributed exactly as the target's own, whatever the draft and the plan. (DSpark, §2 and alg. 1)
 
     `target_BV` is the shaped target law: row k of request r is the law after its first k drafted tokens. A plan of 0
     is plain decoding; without any draft pass None. Rejection rule: accept x with probability min(1, p(x)/q(x)), at the
     first rejection draw from normalize(max(p - q, 0)), with none draw from p. Coupled rule: commit
     argmax(log p + g) at every position for as long as the draft agrees. The host reads from the device once.
-    Raises FloatingPointError if a law that is drawn from is not made of numbers.
+    `sound_B` is false at rows whose law came from what are no numbers, which a one-hot does not show.
+    Raises NoNumbers if a law that decides, or is drawn from, is not made of numbers.
     """
     plan, longest = list(plan), max(plan)
     start = row_starts([1 + length for length in plan])
@@ -60,9 +71,12 @@ def verify(draft: Draft | None, plan: Sequence[int], target_BV: Tensor, noise: R
         final_R = draw(law_RV, noise.final_R)
         if choice_B is not None:
             final_R = torch.where(choice_B[last_R] >= 0, choice_B[last_R], final_R)
+    if sound_B is not None and not (sound_B.device.type == "cpu" and sound_B.all()):  # elsewhere asking is a host read
+        failed_B = (~sound_B).cumsum(0)  # rows after the last decide nothing
+        failed_R = failed_B[last_R] - failed_B[start_R] + ~sound_B[start_R]
+        final_R = torch.where(failed_R > 0, target_BV.shape[1], final_R)
     table = torch.cat([*columns, final_R.unsqueeze(1)], 1).tolist()  # the one host read
-    if any(row[-1] >= target_BV.shape[1] for row in table):
-        raise FloatingPointError(NO_NUMBERS)
+    _check([row[-1] for row in table], target_BV.shape[1])
     accepted = [row[-2] for row in table] if longest else [0] * len(plan)
     return Verdict(accepted, [[*row[:n], row[-1]] for row, n in zip(table, accepted, strict=True)], plan)
 
@@ -78,11 +92,20 @@ def verify_tempered(
     accept_RK = noise.accept_RK[:, : token_RK.shape[1]]  # a block may have ended early
     columns = verdict(logits_BV, plan, token_RK, law_RKV, temperature_R, accept_RK, noise.final_R)
     accepted, final = columns[0].tolist(), columns[1].tolist()
-    if max(final) >= logits_BV.shape[1]:
-        raise FloatingPointError(NO_NUMBERS)
+    _check(final, logits_BV.shape[1])
     drafted = token_RK.tolist()
     tokens = [[*row[:n], last] for row, n, last in zip(drafted, accepted, final, strict=True)]
     return Verdict(accepted, tokens, list(plan))
+
+
+def _check(final: Sequence[int], vocabulary: int) -> None:
+    if max(final) >= vocabulary:
+        raise NoNumbers([place for place, token in enumerate(final) if token >= vocabulary])
+
+
+def sound(logits_BV: Tensor) -> Tensor:
+    """Which rows hold neither NaN nor +infinity, bool [B]: their sum is below infinity, in one pass."""
+    return logits_BV.sum(1) < torch.inf
 
 
 def _accepted(

@@ -39,12 +39,31 @@ def test_kernel_equals_its_plain_twin(dtype, seed):
     assert len(set(got[0].tolist())) > 2, "rounds of different lengths"
 
 
+@pytest.mark.parametrize("run", [verdict_plain, verdict])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers_give_no_token(temperature):
-    logits = torch.full((1, V), float("nan"))
-    nothing = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 0, V)
-    one = torch.tensor([temperature]).double(), torch.zeros(1, 0).double(), torch.tensor([0.5]).double()
-    assert int(verdict(logits, [0], *nothing, *one)[1]) == V
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_give_no_token(run, dtype, temperature, bad):
+    one = torch.tensor([temperature] * 4).double(), torch.full((4, 1), 0.5).double(), torch.tensor([0.5] * 4).double()
+    token, law = torch.zeros(4, 1, dtype=torch.long), torch.eye(V)[[0] * 4].unsqueeze(1).contiguous()
+    logits = torch.zeros(8, V)
+    logits[:, 0] = 40.0  # every draft is token 0; the last one is rejected
+    logits[6] = logits[6].roll(1)
+    logits[0] = bad  # a whole row
+    logits[3, V - 1] = bad  # one entry, after an accepted draft
+    logits[7, 3] = bad  # after a rejected one: nobody looks at it
+    accepted, last = run(logits.to(dtype), [1] * 4, token, law, *one)
+    assert last.tolist() == [V, V, 0, 1] and accepted.tolist()[1:] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("run", [verdict_plain, verdict])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_that_a_model_rules_out_are_no_fault(run, temperature):
+    logits = torch.full((2, V), -float("inf"))
+    logits[0, 2] = 0.0
+    nothing = torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0, V)
+    one = torch.tensor([temperature] * 2).double(), torch.zeros(2, 0).double(), torch.tensor([0.5] * 2).double()
+    assert run(logits, [0, 0], *nothing, *one)[1].tolist() == [2, V]  # all of them is one
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

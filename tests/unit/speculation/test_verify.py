@@ -14,7 +14,7 @@ from dspark.ops.sampling import Shaping
 from dspark.speculation import noise as noise_module
 from dspark.speculation.draft_sampler import DraftSampler
 from dspark.speculation.noise import RoundNoise
-from dspark.speculation.verify import verify
+from dspark.speculation.verify import NoNumbers, sound, verify
 
 V = 5
 
@@ -77,6 +77,28 @@ def test_a_drafter_that_gives_no_numbers_is_plain_decoding():
 def test_a_target_that_gives_no_numbers_is_an_error():
     with pytest.raises(FloatingPointError, match="not numbers"):
         verify(None, [0], torch.full((1, V), math.nan), make_noise(1, 0, 0))
+
+
+def test_rows_known_to_be_no_numbers_are_an_error_of_their_requests():
+    """Whether the row decides about a draft, gives the last token, or lies behind it."""
+    draft = Draft(torch.tensor([[1, 2]] * 4), torch.eye(V)[[1, 2]].repeat(4, 1, 1), torch.ones(4, 2), [2] * 4)
+    law = torch.eye(V)[[1, 2, 3] * 3 + [0, 2, 3]]  # the last request rejects its first draft
+    for coupled in (False, True):
+        noise = RoundNoise.of([0] * 4, [0] * 4, [0] * 4, [coupled] * 4, slots=2)
+        sound_B = torch.ones(12, dtype=torch.bool)
+        sound_B[[3, 8, 10, 11]] = False
+        with pytest.raises(NoNumbers) as failed:
+            verify(draft, [2] * 4, law, noise, sound_B)
+        assert failed.value.places == [1, 2]
+        sound_B[[3, 8]] = True
+        assert verify(draft, [2] * 4, law, noise, sound_B).tokens == [[1, 2, 3]] * 3 + [[0]]
+
+
+def test_sound_rows():
+    x = torch.zeros(5, V)
+    x[0, 1], x[1, 1], x[2, 1], x[3] = math.nan, math.inf, -math.inf, 1e30
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        assert sound(x.to(dtype)).tolist() == [False, False, True, True, True]
 
 
 def test_noise_keys():

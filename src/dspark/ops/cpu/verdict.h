@@ -7,10 +7,22 @@
 
 namespace {
 
-// exp((logit - peak) / temperature) of one row; returns the sum.
+// One row as floats; whether it holds no NaN and no +infinity: a maximum passes over a NaN, and integers find both fast.
 template <typename Scalar>
-double weights_of(const Scalar* logit, int64_t V, float temperature, std::vector<float>& weight) {
-  for (int64_t v = 0; v < V; ++v) weight[v] = widen(logit[v]);
+bool read_row(const Scalar* logit, int64_t V, std::vector<float>& value) {
+  int32_t magnitude = 0, highest = 0;
+  for (int64_t v = 0; v < V; ++v) {
+    value[v] = widen(logit[v]);
+    int32_t bits;
+    std::memcpy(&bits, &value[v], sizeof bits);
+    magnitude = std::max(magnitude, bits & 0x7fffffff);
+    highest = std::max(highest, bits);  // of floats that are not negative their bits have the order
+  }
+  return magnitude <= 0x7f800000 && highest < 0x7f800000;
+}
+
+// exp((logit - peak) / temperature) of one row of floats, in place; returns the sum.
+inline double weights_of(int64_t V, float temperature, std::vector<float>& weight) {
   const float peak = peak_of(weight.data(), V);
   double total = 0;
   for (int64_t v = 0; v < V; v += LANES) {
@@ -26,15 +38,16 @@ std::pair<int64_t, int64_t> judge(const Scalar* logits, int64_t V, int64_t plan,
                                   double temperature, const double* accept, double final_u) {
   std::vector<float> weight((V + LANES - 1) / LANES * LANES, -INFINITY);
   for (int64_t k = 0;; ++k, std::fill(weight.begin() + V, weight.end(), -INFINITY)) {
-    const Scalar* row = logits + k * V;
+    if (!read_row(logits + k * V, V, weight)) return {k, V};
     if (temperature == 0) {
-      for (int64_t v = 0; v < V; ++v) weight[v] = widen(row[v]);
-      const int64_t best = first_of(weight.data(), V, peak_of(weight.data(), V), V);
+      const float peak = peak_of(weight.data(), V);
+      if (peak == -INFINITY) return {k, V};
+      const int64_t best = first_of(weight.data(), V, peak, V);
       if (k == plan || token[k] != best) return {k, best};
       continue;
     }
-    const double total = weights_of(row, V, float(temperature), weight);
-    if (!(total > 0) || std::isinf(total)) return {k, V};
+    const double total = weights_of(V, float(temperature), weight);
+    if (!(total > 0) || std::isinf(total)) return {k, V};  // a temperature that is next to nothing
     if (k == plan) return {k, draw_from(weight.data(), V, total, final_u)};
     const float* law = q + k * V;
     if (accept[k] * law[token[k]] < weight[token[k]] / total) continue;
