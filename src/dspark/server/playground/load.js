@@ -71,6 +71,9 @@ export class LoadPanel {
 function notice(now) {
   if (now.engine_forwards_compiling > 0) return "The server is still compiling its forwards: times will get better.";
   if (now.spec_decode_resting > 0) return "The planner lets nobody draft now: it would not pay.";
+  if (now.spec_decode_speedup) {
+    return `By the planner's prices, speculation has made this server ${now.spec_decode_speedup.toFixed(2)} times as fast.`;
+  }
   return "\u00a0";
 }
 
