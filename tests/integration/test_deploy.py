@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from serving import serving, tiny_core
-from test_metrics import planning
+from test_server_metrics import planning
 
 from dspark.server.service import ServerConfig
 
