@@ -14,6 +14,7 @@ from dspark.evaluation.figures import by_position, pooled
 from dspark.evaluation.markdown import shown, table, weighted
 
 NAMES = {"dspark": "DSpark", "dflash": "DFlash", "eagle3": "Eagle-3", "dflash_l1": "DFlash, DSpark's loss"}
+DEPTHS = {"dspark": 2, "dflash": 2, "eagle3": 1, "dflash_l1": 2}
 DOMAINS = ("code", "prose")
 Result = dict[str, Any]
 
@@ -24,24 +25,34 @@ def write_report(out: Path) -> None:
     if not results:
         print("no run is finished yet")
         return
+    lengths = sorted({r["steps"] for r in results})
+    alike = {steps: [r for r in results if r["steps"] == steps] for steps in lengths}
+    most = max(alike.values(), key=len)
     parts = [
-        f"{results[0]['steps']} steps each; {results[0]['where']['device']}, commits "
-        f"{', '.join(sorted({str(r['where']['commit']) for r in results}))}.",
-        "## τ at γ = 7, mean over seeds (lowest..highest)",
-        main_table(results),
-        gains(results),
-        "## τ by γ, 2 layers, seed 1",
-        along(results, "gamma", lambda r: r["layers"] == 2 and r["seed"] == 1),
-        "## τ by depth, γ = 7",
-        along(results, "layers", lambda r: r["gamma"] == 7),
-        "## Confidence of DSpark, γ = 7, 2 layers: mean over positions, weighted by samples",
-        confidence(results),
+        f"{results[0]['where']['device']}, commits {', '.join(sorted({str(r['where']['commit']) for r in results}))}.",
+        *(
+            part
+            for steps, found in alike.items()
+            for part in (
+                f"## {steps} steps, γ = 7: τ, mean over seeds (lowest..highest)",
+                main_table(found),
+                gains(found),
+            )
+        ),
+        "## τ by steps, γ = 7, seed 1",
+        along(results, "steps", lambda r: r["gamma"] == 7 and r["seed"] == 1 and r["layers"] == DEPTHS[r["family"]]),
+        f"## τ by γ, 2 layers, seed 1, {most[0]['steps']} steps",
+        along(most, "gamma", lambda r: r["layers"] == 2 and r["seed"] == 1),
+        f"## τ by depth, γ = 7, {most[0]['steps']} steps",
+        along(most, "layers", lambda r: r["gamma"] == 7),
+        f"## Confidence of DSpark, γ = 7, 2 layers, {lengths[-1]} steps: mean over positions, weighted by samples",
+        confidence(alike[lengths[-1]]),
     ]
     files = {"report.md": "\n\n".join(parts) + "\n", "families.json": json.dumps(results, indent=1) + "\n"}
     for name, text in files.items():
         with replacing_file(out / name) as fresh:
             fresh.write_text(text, encoding="utf-8")
-    figures(results, out)
+    figures(most, out)
     print(files["report.md"])
 
 
