@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dspark.common.errors import UserError
@@ -21,7 +21,7 @@ from dspark.engine.engine import Engine
 from dspark.server import playground
 from dspark.server.answers import ChatForm, Form, Piece, TextForm, Usage, best
 from dspark.server.calls import Calls, call_of
-from dspark.server.errors import ApiError, ClientGone, install
+from dspark.server.errors import RESPONSES, ApiError, ClientGone, install
 from dspark.server.idempotency import Idempotency
 from dspark.server.keys import Keys
 from dspark.server.limits import Bodies
@@ -40,6 +40,8 @@ from dspark.server.tool_calls import CallFormat
 from dspark.server.tools import NamedTool, forcing, format_of
 
 Job = tuple[list[int], SamplingParams]
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # beside JSON
+STATUS: dict[int | str, dict[str, Any]] = {503: {"description": "`status` says what is wrong"}}
 
 
 def create_app(engine: Engine, config: ServerConfig | None = None, results: Results | None = None) -> FastAPI:
@@ -55,7 +57,7 @@ def create_app(engine: Engine, config: ServerConfig | None = None, results: Resu
             await results.close()
 
     pages: dict[str, Any] = {"docs_url": None, "redoc_url": None}  # they need a CDN
-    app = FastAPI(title="dspark", version=package_version(), lifespan=lifespan, **pages)
+    app = FastAPI(title="dspark", version=package_version(), lifespan=lifespan, responses=RESPONSES, **pages)
     app.state.service = service
     install(app)
     _completions(app, service)
@@ -82,7 +84,7 @@ def create_app(engine: Engine, config: ServerConfig | None = None, results: Resu
 
 
 def _completions(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue prompts."""
         service.check_model(body.model)
@@ -100,7 +102,7 @@ def _completions(app: FastAPI, service: Service) -> None:
         form.silent = body.logprobs is None
         return await _answer(service, request, body, jobs, form)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=STREAMED)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The assistant's next message."""
         service.check_model(body.model)
@@ -196,19 +198,19 @@ def _texts(app: FastAPI, service: Service) -> None:
 
 
 def _operations(app: FastAPI, service: Service) -> None:
-    @app.get("/health")
+    @app.get("/health", responses=STATUS)
     async def health() -> Response:
         """Live: 503 when only a restart helps."""
         trouble = service.trouble
         return JSONResponse({"status": trouble or "ok"}, 503 if trouble else 200)
 
-    @app.get("/ready")
+    @app.get("/ready", responses=STATUS)
     async def ready() -> Response:
         """Whether requests should be sent here."""
         trouble = service.trouble or ("the server is shutting down" if service.gate.closed else None)
         return JSONResponse({"status": trouble or "ready"}, 503 if trouble else 200)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
         await service.refresh()

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -17,6 +18,27 @@ from dspark.common.errors import UserError
 LOG = logging.getLogger("dspark.server")
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 LONGEST = 500  # characters of a message: it may quote what the client sent
+
+
+class Told(BaseModel):
+    """What went wrong: in words, its kind, the field, and a code for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer but the one asked for."""
+
+    error: Told
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {  # for the OpenAPI document
+    "4XX": {"model": ErrorBody, "description": "The request cannot be answered as it is"},
+    "5XX": {"model": ErrorBody, "description": "The server cannot answer"},
+}
 
 
 class ApiError(Exception):
