@@ -72,7 +72,7 @@ def test_blinded_drafts_are_never_right_and_change_no_text():
 
 def test_policies_share_an_engine():
     core = engine("draft_model")
-    for policy in (Policy("none", engine(planner="none").planner), Policy("full", engine(planner="full").planner)):
+    for policy in (Policy.of(core, "none"), Policy.of(core, "full")):
         policy.enter(core)
         core.add(prompts((5,))[0], SamplingParams(max_tokens=6, ignore_eos=True))
         (commits,) = drain(core).values()

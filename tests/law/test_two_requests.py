@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from two_requests import CLIFF, STAIRS, CoupledPair, Ending, Pair, Telling, distance, plain_law
 
-from dspark.speculation import joint
+from dspark.speculation import joint, trials
 from dspark.speculation.joint import Joint
 from dspark.speculation.planner import parse_planner
 from dspark.speculation.prices import Prices
@@ -45,7 +45,7 @@ PLANNERS = {
 @pytest.mark.parametrize("name", PLANNERS)
 def test_the_joint_law_is_the_targets(name, rule, cost, stops_below, monkeypatch):
     monkeypatch.setattr(joint, "KEEP", 1)  # decide anew in every step, and explore
-    monkeypatch.setattr(joint, "STALE", 0)
+    monkeypatch.setattr(trials, "EXPLORE", 10.0)
     system = rule(PLANNERS[name](cost), drafter=Telling(stops_below))
     assert distance(system.law(), plain_law()) < 1e-12
 

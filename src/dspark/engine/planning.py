@@ -5,12 +5,14 @@ R requests of the step, K draft slots.
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 from torch import Tensor
 
 from dspark.drafters.base import Draft, GoingOn
 from dspark.engine.admission import Schedule
-from dspark.engine.request import Request
+from dspark.engine.rest import Rest, Share, prefill_rows
 from dspark.speculation.ledger import Ledger
 from dspark.speculation.live_cost import LiveCost
 from dspark.speculation.online import OnlineCalibration
@@ -20,20 +22,25 @@ from dspark.speculation.round import Array, Outcome, Round, as_array
 from dspark.speculation.verify import Verdict
 
 AUDIT = 0.02  # share of drafting requests whose whole draft is verified, so that its outcomes are a fair sample
+LEARNING = 0.01  # share of the time that the calibration may take to learn from rounds that were not audited
 
 
 class Planning:
-    """One engine's planner and calibration, from the slots of a round to its outcome."""
+    """One engine's planner and calibration, from the slots of a round to its outcome.
+
+    While the planner says that nobody drafts, and for how long (`rest`), it is not asked: a plain step of a small model
+    is shorter than its questions. It is asked again when a request comes or the requests become fewer by a bit.
+    """
 
     def __init__(self, planner: Planner, *, seed: int | None = None):
         self.planner = planner
         self.calibration: OnlineCalibration | None = None  # None: confidences are taken as they are
         self.live: LiveCost | None = None  # the cost the planner reads, where it reads one
         self.ledger = Ledger()
-        self._rest = 0  # steps for which the planner's "nobody drafts" holds while the requests are the same
-        self._resting: list[Request] = []
-        self._rested: list[float] = []  # s of steps since
+        self._rest = Rest()
+        self._clock = Share(LEARNING)
         self._chance = np.random.default_rng(seed)
+        self._audit = int(self._chance.geometric(AUDIT)) - 1  # requests' rounds until the next audit
         self._round: Round | None = None  # None while nothing can be drafted
         self._audited: list[int] = []
         self._raw_RK: Array | None = None
@@ -63,35 +70,36 @@ class Planning:
     def slots(self, schedule: Schedule) -> int:
         """Set how many tokens each request drafts, those that draft in front; returns the most of any."""
         self._round = self._survival_RK = self._raw_RK = None
+        if self._rest.holds(schedule):
+            schedule.limits = [0] * len(schedule.sampled)
+            return 0
         if not any(schedule.limits):
             return 0
+        self._wake()
         requests = schedule.sampled
-        if self._rest > 0 and not schedule.partial and requests == self._resting:
-            self._rest -= 1
-            schedule.limits = [0] * len(requests)
-            return 0
         before = Round(
             limit_R=schedule.limits,
             request_ids=[request.id for request in requests],
             context_R=[request.cached for request in requests],
             params_R=[request.params for request in requests],
-            prefill_rows=sum(schedule.rows) - len(requests) + sum(rows for _, rows in schedule.partial),
+            prefill_rows=prefill_rows(schedule),
         )
         schedule.limits = self.planner.slots(before)
+        if not any(schedule.limits):
+            self._round = before
+            self._rest = Rest.of(getattr(self.planner, "rest", 0), before)
+            return 0
         order = schedule.drafting_first()
-        self._round = before.drafted(schedule.limits, schedule.limits, order) if any(schedule.limits) else before
-        most = schedule.limits[0] and max(schedule.limits)
-        if not most:
-            self._rest, self._resting = getattr(self.planner, "rest", 0), list(requests)
-        if most and self.calibration is not None:  # drawn now, before any token of the draft exists
-            self._audited = np.flatnonzero(self._chance.random(len(requests)) < AUDIT).tolist()
-        return most
+        self._round = before.drafted(schedule.limits, schedule.limits, order)
+        if self.calibration is not None:  # drawn now, before any token of the draft exists
+            self._draw_audits(len(requests))
+        return max(schedule.limits)
 
     def plan(self, schedule: Schedule, draft: Draft | None) -> list[int]:
         """How many drafted tokens of each request are verified, within what was drafted and what fits."""
         if draft is None or self._round is None:
             return [0] * len(schedule.sampled)
-        limit_R = [min(pair) for pair in zip(schedule.limits, draft.length_R, strict=True)]
+        limit_R = list(map(min, schedule.limits, draft.length_R))
         self._round = self._round.drafted(limit_R, schedule.limits)
         confidence_RK: Array = as_array(draft.confidence_RK.cpu())
         missing = max(schedule.limits) - confidence_RK.shape[1]
@@ -106,27 +114,38 @@ class Planning:
             plan[r] = limit_R[r]
         return plan
 
-    def observe(self, verdict: Verdict, seconds: float) -> None:
+    def observe(self, schedule: Schedule, verdict: Verdict, seconds: float) -> None:
         """Pass a finished round on; call it before the next."""
+        self._clock.pass_by(seconds)
         if self._round is None:
-            if self._resting:
-                self._rested.append(seconds)
+            if self._rest.round is not None:
+                self._rest.observe(schedule, seconds)
                 self.ledger.rest()
             return
         if self._survival_RK is None:
             self.ledger.rest()
         else:
-            audits = sum(verdict.plan[r] > 0 for r in self._audited)
-            self.ledger.draft(self._survival_RK, verdict.plan, verdict.accepted_R, audited=audits)
-        if self.calibration is not None and self._raw_RK is not None:
             audited = [r for r in self._audited if verdict.plan[r]]
-            self.calibration.observe(self._raw_RK, verdict.plan, verdict.accepted_R, audited)
+            self.ledger.draft(self._survival_RK, verdict.plan, verdict.accepted_R, audited=len(audited))
+            if self.calibration is not None and self._raw_RK is not None and (audited or self._clock.due):
+                before = time.perf_counter()
+                self.calibration.observe(self._raw_RK, verdict.plan, verdict.accepted_R, audited)
+                self._clock.spend(time.perf_counter() - before)
         self._audited = []
-        rested, self._rested = self._rested, []
-        outcome = Outcome(
-            self._round, verdict.plan, verdict.accepted_R, seconds, self._survival_RK, sum(rested), len(rested)
-        )
-        self.planner.observe(outcome)
+        self.planner.observe(Outcome(self._round, verdict.plan, verdict.accepted_R, seconds, self._survival_RK))
+
+    def _wake(self) -> None:
+        """Tell the planner of the steps for which it was not asked."""
+        outcome, self._rest = self._rest.outcome(), Rest()
+        if outcome is not None:
+            self.planner.observe(outcome)
+
+    def _draw_audits(self, requests: int) -> None:
+        """Every request's round is audited with the same chance; how many come before the next is drawn at once."""
+        while self._audit < requests:
+            self._audited.append(self._audit)
+            self._audit += int(self._chance.geometric(AUDIT))
+        self._audit -= requests
 
 
 def records(schedule: Schedule, draft: Draft, verdict: Verdict) -> list[RoundRecord]:

@@ -156,7 +156,7 @@ class EngineCore:
         load = step_load(schedule, draft, plan, len(batch.batch.token_T)) if metered else None
         commits = self._commit(schedule, draft, verdict, logits_BV)
         seconds = self.runner.clock() - started
-        self.planning.observe(verdict, seconds)
+        self.planning.observe(schedule, verdict, seconds)
         self.timings.steps += 1
         self.timings.total += seconds
         self._next_metering -= seconds

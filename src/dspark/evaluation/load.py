@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from dspark.engine.pricing import METERING
+from dspark.engine.planning import Planning
+from dspark.engine.pricing import METERING, plan_with
+from dspark.engine.profile import Profile
 from dspark.engine.request import Commit, RequestStatistics
 from dspark.engine.step import EngineCore
 from dspark.evaluation.workload import NOISE, Blinded, LoadRequest
 from dspark.speculation.cost import StepTime
 from dspark.speculation.live_cost import LiveCost
-from dspark.speculation.planner import Full, Planner
+from dspark.speculation.planner import Fixed, Full
 from dspark.speculation.reliability import RoundRecord
 from dspark.speculation.round_trace import RoundTrace
 
@@ -24,19 +25,25 @@ RECORDING_USERS = 8
 
 @dataclass
 class Policy:
-    """A planner by the name a person gave it, with what it has learnt; policies share one engine in turns."""
+    """A planner by the name a person gave it, with what it has learnt; policies take turns on one engine."""
 
     name: str
-    planner: Planner
+    planning: Planning
     live: LiveCost | None = None
 
+    @staticmethod
+    def of(core: EngineCore, name: str, profile: Profile | None = None) -> Policy:
+        """The policy of this name, as an engine has it that was started with it."""
+        core.planning = Planning(Fixed(0), seed=core.config.seed)
+        live = plan_with(core, name, profile)
+        return Policy(name, core.planning, live)
+
     def enter(self, core: EngineCore, also: Callable[[StepTime], None] | None = None) -> None:
-        """Make it the engine's; `also` gets every step beside the policy's own price."""
+        """Make it the engine's; `also` gets the steps that are metered, of every policy alike a share of the time."""
         own = self.live.observe if self.live is not None else None
-        core.planning.planner, core.meter = self.planner, own or also
+        core.planning, core.meter, core.metering = self.planning, own or also, METERING
         if own is not None and also is not None:
             core.meter = lambda step: (own(step), also(step))[0]
-        core.metering = METERING if also is None else math.inf
 
 
 @dataclass(frozen=True)
@@ -195,8 +202,8 @@ def record_rounds(driver: Driver, requests: Iterator[LoadRequest], rounds: int =
             if record.full and record.verified == block:  # the last rounds of a request have room for fewer
                 found.setdefault(driver.kinds[record.request_id], []).append((record.confidence, record.accepted))
 
-    planner, meter, observer = core.planning.planner, core.meter, core.observer
-    core.planning.planner, core.meter, core.observer = Full(), None, observe
+    planning, meter, observer = core.planning, core.meter, core.observer
+    core.planning, core.meter, core.observer = Planning(Full()), None, observe
     try:
         for _ in range(RECORDING_USERS):
             driver.add(next(requests))
@@ -204,5 +211,5 @@ def record_rounds(driver: Driver, requests: Iterator[LoadRequest], rounds: int =
             _replace(driver, requests)
     finally:
         driver.clear()
-        core.planning.planner, core.meter, core.observer = planner, meter, observer
+        core.planning, core.meter, core.observer = planning, meter, observer
     return RoundTrace.of(block, found)

@@ -21,7 +21,6 @@ from dspark.common.log import seconds_of
 from dspark.common.plots import Panel, check_matplotlib, draw
 from dspark.common.provenance import provenance
 from dspark.engine.build import build_engine
-from dspark.engine.pricing import plan_with
 from dspark.engine.profile import Profile, ensure_profile
 from dspark.engine.step import EngineCore
 from dspark.evaluation.load import Driver, Policy, Slice, closed_loop, open_loop, record_rounds
@@ -68,7 +67,7 @@ def load_test(
     profile = Profile.load(settings.profile) if settings.profile else None
     if profile is not None:
         profile.check(core, settings.profile or "")
-    policies = [_policy(core, name, profile) for name in settings.policies]
+    policies = [Policy.of(core, name, profile) for name in settings.policies]
     driver = Driver(core, blind=settings.blind)
     slices: dict[tuple[str, str, float], list[Slice]] = {}
     for number in range(1 + settings.rounds):
@@ -86,12 +85,6 @@ def load_test(
                     slices.setdefault((mode, policy.name, load), []).append(found)
                 tick()
     return [_row(mode, name, load, found) for (mode, name, load), found in sorted(slices.items())]
-
-
-def _policy(core: EngineCore, name: str, profile: Profile | None) -> Policy:
-    core.meter = None
-    live = plan_with(core, name, profile)
-    return Policy(name, core.planner, live)
 
 
 def _loads(settings: LoadSettings) -> Iterator[tuple[str, float]]:

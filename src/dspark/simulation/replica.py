@@ -135,7 +135,7 @@ class Replica:
         self.now += seconds
         ended = self._commit(schedule, plan, accepted_R)
         self._observing = -self.clock()
-        self.planning.observe(Verdict(accepted_R, [], plan), seconds)
+        self.planning.observe(schedule, Verdict(accepted_R, [], plan), seconds)
         self._observing += self.clock()
         return ended
 

@@ -48,8 +48,8 @@ class Acceptance:
         self.passed_K[:slots] += passed_NK.sum(0)
         yes_N, expected_N, all_N = passed_NK.sum(1), reached_NK @ self.conditional(slots), reached_NK.sum(1)
         rows = np.stack([yes_N, all_N - yes_N, expected_N], 1).tolist()
-        circles = [circle for outcome in outcomes for circle in _circles(outcome.round)]
-        for (group, request), row in zip(circles, rows, strict=True):
+        whose_N = [circle for outcome in outcomes for circle in circles(outcome.round)]
+        for (group, request), row in zip(whose_N, rows, strict=True):
             if row[0] + row[1]:
                 for circle in (group, request):
                     odds = self._circles.pop(circle, None) or _Odds()  # the order is that of the last round
@@ -67,7 +67,7 @@ class Acceptance:
         """What each request's slots are expected to survive, [R, K]."""
         mean_K = self.conditional(slots)
         odds_K = mean_K / (1 - mean_K)
-        factor_R = np.array([self.factor(*circle) for circle in _circles(round)])
+        factor_R = np.array([self.factor(*circle) for circle in circles(round)])
         odds_RK = factor_R[:, None] * odds_K
         return np.asarray(np.cumprod(odds_RK / (1 + odds_RK), axis=1), dtype=np.float64)
 
@@ -128,7 +128,7 @@ def filled_in(outcomes: Sequence[Outcome]) -> tuple[Array, Array]:
     return reached_NK, passed_NK
 
 
-def _circles(round: Round) -> list[tuple[object, object]]:
+def circles(round: Round) -> list[tuple[object, object]]:
     """(group, request) of each request; groups are names, requests numbers, so they never meet."""
     if not round.request_ids:
         return [("", -1 - r) for r in range(round.requests)]

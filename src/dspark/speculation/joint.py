@@ -5,30 +5,38 @@ R requests, K draft slots, M = 0..R requests that draft, N drafted tokens verifi
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark.speculation.acceptance import Acceptance
+from dspark.speculation.acceptance import Acceptance, circles
 from dspark.speculation.ending import worth_drafting
-from dspark.speculation.guard import Guard
+from dspark.speculation.guard import size_of
 from dspark.speculation.prices import Prices
 from dspark.speculation.round import Array, Outcome, Round, as_array
 from dspark.speculation.scheduled import Priced, RunningMeans, walk
+from dspark.speculation.trials import STEPS, Trials
 from dspark.speculation.worth import Worth
 
-KEEP = 8  # steps between two decisions about who drafts, while the requests stay the same
-REST = 32  # ... while nobody drafts, so that there is nothing new to weigh
-EXPLORE = 0.01  # share of the time that may go into drafts that are not expected to pay
-STALE = 16  # rounds without a draft after which a request may be tried again
-OPTION_MEMORY = 0.98
+KEEP = 8  # steps between two decisions about who drafts, at least
+LONGEST = 64  # ... and at most, while anybody drafts
+DECISION = 4e-4, 5e-6  # s that one is taken to cost, and for each request
+DECIDING = 0.01  # share of the time that decisions may take
+HEARD = 256, 4  # requests' rounds that are learnt from at a decision, in at least so many steps
+HELD = 8  # steps that are held against their prices at a decision
+WIDER = 4  # decisions between two rounds that draft all that fits, to learn of slots further on
+ENOUGH = 8  # requests' rounds of one width that tell what it is worth to choose after drafting
+STRAIGHT = 0.02  # of a step: prices this near to a line are taken for one
 
 
 class Joint(Priced):
     """Maximises expected tokens less the price of time. The price is the best rate that any choice here reaches.
 
     Before drafting: for every number of slots, the requests in the order of what their drafts are expected to bring;
-    the best (slots, requests) of all, drafting nothing included. After drafting: a walk over the slots as in
-    `Lookahead`. A round's expectation adds what such a choice was worth in earlier rounds beyond verifying everything.
+    the best (slots, requests) of all, drafting nothing included. It stands for some steps; requests that come meanwhile
+    draft if their group's drafts are as good. After drafting: a bound on survival, or where the step's price has
+    cliffs a walk over the slots as in `Lookahead`.
     """
 
     def __init__(self, prices: Prices, first: Acceptance | None = None):
@@ -36,32 +44,44 @@ class Joint(Priced):
         self.acceptance = first or Acceptance()
         self.means = RunningMeans()
         self.worth = Worth()
-        self.guard = Guard()
+        self.trials = Trials()
         self.rate = 0.0  # tokens (by worth) per second of the present choice: the price of a second
-        self._heard: list[Outcome] = []
-        self._choice: list[int] = []  # slots by request of the last decision
-        self._kept: list[int] = []  # the same, with those that are tried
-        self._rate_MK = np.zeros((1, 1))
-        self._for: tuple[object, object] = (None, None)
-        self._left = 0
-        self._allowance = 0.0  # s that exploring may cost by now
-        self._undrafted: dict[int, int] = {}  # decisions since a request last drafted
-        self._option_K: dict[int, float] = {}  # by slots, tokens a drafting request gains by choosing after drafting
-        self._stop_K: list[float] = []
+        self._chosen: dict[int, int] = {}  # slots by request
+        self._width = 0  # slots of those that draft
+        self._tried_width = 0  # theirs, or the one that would come next to paying
+        self._odds_K: list[float] = []  # everyone's, of acceptance
+        self._left = 0  # steps until the next decision
+        self._size = 0
+        self._decisions = 0
+        self._plain = 0.0  # s of a plain step
+        self._heard: list[tuple[Outcome, bool]] = []  # and whether it was a trial
+        self._won = 0  # tokens of the requests under trial
+        self._seen_NK = np.zeros((0, 0))  # survival in the newest rounds
+        self._row = 0.0  # s of one verified token, on average over the present choice
+        self._bound: float | None = None  # on survival, for several requests under straight prices
+        self._stop_K: list[float] = []  # ... by slot, for one request
 
     def slots(self, round: Round) -> list[int]:
-        """Slots by request, decided anew every few steps and whenever the requests change."""
-        if self._for != (round.request_ids, round.prefill_rows > 0) or not round.request_ids:
+        """Slots by request: the standing decision, or a new one."""
+        if self._left <= 0 or size_of(round.requests) != self._size:
             self._decide(round)
-        elif self._left <= 0:
-            self._again(round)
         self._left -= 1
-        return [min(pair) for pair in zip(self._kept, round.limit_R, strict=True)]
+        chosen, slots_R = self._chosen, []
+        for r, (request, limit) in enumerate(zip(_ids(round), round.limit_R, strict=True)):
+            slots = chosen.get(request)
+            if slots is None:
+                slots = chosen[request] = self._newcomer(round, r)
+            slots_R.append(min(slots, limit))
+        self._forbidden = 0
+        if any(slots_R) and self.worth.alike and not self.guard.allows(round.requests):
+            self._forbidden = round.requests
+            return [0] * round.requests
+        return slots_R
 
     @property
     def rest(self) -> int:
-        """Steps for which nobody drafting holds, while the requests are the same; 0 where a step's speed matters."""
-        return 0 if self.worth.floors else self._left
+        """Steps for which nobody drafting holds, while the requests are as many; 0 where a step's speed matters."""
+        return 0 if self.worth.floors else super().rest if self._forbidden else self._left
 
     def going_on(self, round: Round, survival_R: Array, drawn: int) -> bool:
         """Whether the drafter draws another slot after `drawn` of them, by the drafting requests' survival so far.
@@ -81,15 +101,17 @@ class Joint(Priced):
         )
 
     def plan(self, round: Round, survival_RK: Array | None) -> list[int]:
-        """The walk's plan at the present price of time."""
+        """What is worth its rows at the present price of time."""
         if survival_RK is None:
             return [0] * round.requests
-        a_RK = as_array(survival_RK)
         if round.requests == 1:
-            return [self._alone(a_RK[0].tolist(), round)]
+            return [self._alone(survival_RK[0].tolist(), round)]
+        a_RK, weight_R = as_array(survival_RK), self.worth.of(round)
+        if self._bound is not None:
+            worth_RK = a_RK if self.worth.alike else a_RK * weight_R[:, None]
+            return np.minimum((worth_RK > self._bound).sum(1), round.limit_R).tolist()
         asked_R = round.asked_R or round.limit_R
         seconds_N1 = self.prices.verifying(round, sum(asked_R))
-        weight_R = self.worth.of(round)
         ahead_KK = self.means.ahead(a_RK.shape[1])
 
         def score(gain_N1: Array, admitted: int) -> Array:
@@ -98,23 +120,32 @@ class Joint(Priced):
         return walk(a_RK * weight_R[:, None], round.limit_R, asked_R, ahead_KK, score)
 
     def observe(self, outcome: Outcome) -> None:
-        """Keep the round for the next decision, and let exploring earn its share of the time."""
-        earned = EXPLORE * (outcome.seconds + outcome.rest_seconds)
-        self._allowance = min(self._allowance + earned, 50 * outcome.seconds)
-        self._hold(outcome)
-        if outcome.survival_RK is not None:
-            self._heard.append(outcome)
+        """Keep the round for the next decision."""
+        self.trials.earn(outcome.seconds, outcome.seconds / max(outcome.rest_steps, 1))
+        trial = bool(self.trials.running)
+        if trial:
+            ids = outcome.round.request_ids
+            self._won += sum(n for i, n in zip(ids, outcome.accepted_R, strict=False) if i in self.trials.running)
+        self._heard.append((outcome, trial))
+        self._left -= outcome.rest_steps
         if self.worth.floors:
             self.worth.observe(outcome)
 
-    def _hold(self, outcome: Outcome) -> None:
-        """Tell the guard what the step took."""
-        round, planned = outcome.round, sum(outcome.plan)
-        seconds_N1 = self.prices.verifying(round, planned)
-        price = float(seconds_N1[planned])
-        if outcome.survival_RK is not None:
-            price += self.prices.drafting(round, max(round.limit_R), sum(n > 0 for n in round.asked_R))
-        self.guard.observe(outcome, price, float(seconds_N1[0]))
+    def _newcomer(self, round: Round, r: int) -> int:
+        """Slots of a request that no decision knows: the others', if its group's acceptance pays for them."""
+        factor = self.acceptance.factor(*circles(round)[r])
+        survival, gain = 1.0, 0.0
+        for odds in self._odds_K[: self._tried_width]:
+            survival *= factor * odds / (1.0 + factor * odds)
+            gain += survival
+        others = min(sum(slots > 0 for slots in self._chosen.values()), round.requests - 1)
+        seconds = self.prices.drafting(round, self._tried_width, others + 1) + self._row * self._tried_width
+        seconds -= self.prices.drafting(round, self._tried_width, others)
+        if gain <= self.rate * seconds * self.guard.factor(round.requests, drafting=True):
+            return 0
+        if not self._width:
+            self._left = 0  # somebody may be worth drafting for: weigh it all
+        return self._width
 
     def _alone(self, survival_K: list[float], round: Round) -> int:
         """`walk` for one request: what it weighs at slot k is linear in its survival, so a bound decides."""
@@ -123,7 +154,7 @@ class Joint(Priced):
         if len(self._stop_K) != asked:
             self._stop_K = self._stops(round, asked)
         for k, (survival, bound) in enumerate(zip(survival_K[:limit], self._stop_K, strict=False)):
-            if survival <= bound:
+            if not survival > bound:
                 return k
         return limit
 
@@ -137,35 +168,70 @@ class Joint(Priced):
 
     def _decide(self, round: Round) -> None:
         """Weigh every choice anew."""
-        self._learn()
-        self._for = (list(round.request_ids), round.prefill_rows > 0)
-        most = max(round.limit_R)
-        survival_RK = self.acceptance.survival(round, most)
-        order_RK, self._rate_MK = self._rates(round, survival_RK, self.worth.of(round))
-        drafting, slots = (int(i) for i in np.unravel_index(int(self._rate_MK.argmax()), self._rate_MK.shape))
-        self.rate = float(self._rate_MK[drafting, slots])
-        self._choice = [0] * round.requests
-        if drafting and slots:
-            for r in order_RK[:drafting, slots - 1].tolist():
-                self._choice[r] = slots
-        self._stop_K = []
-        self._keep(round)
-
-    def _again(self, round: Round) -> None:
-        """The same requests some steps later; where nothing was drafted there is nothing new to weigh."""
-        if self._heard or self.worth.floors:
-            self._decide(round)
-        else:
-            self._keep(round)
-            if not any(self._kept):
-                self._left = REST
-
-    def _keep(self, round: Round) -> None:
-        self._kept, self._left = list(self._choice), KEEP
-        if any(self._choice) and round.request_ids and self.guard.try_plain(round.requests):
-            self._kept, self._left = [0] * round.requests, 1
+        trying = bool(self.trials.running)
+        if trying:
+            self.trials.settle(self._won, self.rate)
+        self._learn(round.requests)
+        self._size, self._decisions = size_of(round.requests), self._decisions + 1
+        round = round.without_prefill()
+        ids, most = _ids(round), max(round.limit_R)
+        self._chosen, self._left = dict.fromkeys(ids, 0), KEEP
+        self._stop_K, self._bound, self._width = [], None, 0
+        if not most:
             return
-        self._explore(round)
+        survival_RK = self.acceptance.survival(round, most)
+        order_RK, rate_MK = self._rates(round, survival_RK, self.worth.of(round))
+        drafting, slots = (int(i) for i in np.unravel_index(int(rate_MK.argmax()), rate_MK.shape))
+        self.rate = float(rate_MK[drafting, slots])
+        if drafting and slots:
+            self._width = slots
+            for r in order_RK[:drafting, slots - 1].tolist():
+                self._chosen[ids[r]] = slots
+        self._tried_width = self._width or 1 + int(rate_MK[1:, 1:].max(0).argmax())
+        mean_K = self.acceptance.conditional(most)
+        self._odds_K = (mean_K / (1.0 - mean_K)).tolist()
+        self._pace(round)
+        self._price_rows(round)
+
+    def _pace(self, round: Round) -> None:
+        """How long the choice stands, and whether something else is tried first."""
+        requests, most = round.requests, max(round.limit_R)
+        step = sum(self.worth.of(round)) / self.rate
+        cost = DECISION[0] + DECISION[1] * requests
+        self._left = min(max(round_up(cost / (DECIDING * step)), KEEP), LONGEST, 1 << min(self._decisions, 30))
+        drafting = [r for r, request in enumerate(_ids(round)) if self._chosen[request]]
+        self.trials.drafted([_ids(round)[r] for r in drafting])
+        idle = [(r, request) for r, request in enumerate(_ids(round)) if not self._chosen[request] and round.limit_R[r]]
+        if idle:
+            self._try(round, idle, len(drafting), self._tried_width)
+        elif self._width < most and self._decisions % WIDER == 0:
+            self._chosen, self._left = dict.fromkeys(self._chosen, most), 1
+
+    def _try(self, round: Round, idle: list[tuple[int, int]], drafting: int, width: int) -> None:
+        """Let requests draft that have not for longest, as far as the allowance goes; else wait for it."""
+        tried = self.trials.oldest(idle, max(1, round.requests // 8))
+        verified = self._width * drafting
+        table_N1 = self.prices.verifying(round, verified + width * len(tried))
+        more = float(table_N1[-1] - table_N1[verified]) + self.prices.drafting(round, width, drafting + len(tried))
+        more -= self.prices.drafting(round, self._width, drafting)
+        more *= self.guard.factor(round.requests, drafting=True)
+        if self.trials.start([request for _, request in tried], more):
+            self._won, self._left = 0, STEPS
+            for _, request in tried:
+                self._chosen[request] = width
+            self.trials.drafted([request for _, request in tried])
+        elif not drafting:
+            self._left = max(self.trials.steps_until(more, self._plain), KEEP)
+
+    def _price_rows(self, round: Round) -> None:
+        """Where the step's price rises along a line, a token is worth its row from one survival on, whoever's it is."""
+        verified = sum(min(self._chosen[i], limit) for i, limit in zip(_ids(round), round.limit_R, strict=True))
+        verified = max(verified, self._tried_width)
+        table_N1 = self.prices.verifying(round, verified)
+        self._row = float(table_N1[-1] - table_N1[0]) / verified
+        off_N1 = table_N1 - table_N1[0] - self._row * np.arange(verified + 1)
+        if float(np.abs(off_N1).max()) <= STRAIGHT * float(table_N1[0]):
+            self._bound = self.rate * self._row
 
     def _rates(self, round: Round, survival_RK: Array, weight_R: Array) -> tuple[NDArray[np.intp], Array]:
         """By slots, requests in the order of gain, [R, K], and tokens per second with the first M, [R + 1, K + 1]."""
@@ -174,7 +240,7 @@ class Joint(Priced):
         slot_K = np.arange(1, most + 1)
         rows_RK = np.minimum(slot_K, limit_R1)
         gain_RK = np.cumsum(weight_R[:, None] * survival_RK * (slot_K <= limit_R1), axis=1)
-        gain_RK += np.array([self._option_K.get(slots, 0.0) for slots in slot_K.tolist()]) * (limit_R1 > 0)
+        gain_RK += self._options(most) * (limit_R1 > 0)
         order_RK = np.argsort(-gain_RK, axis=0, kind="stable")
         gain_MK, rows_MK = np.zeros((2, requests + 1, most + 1))
         np.cumsum(np.take_along_axis(gain_RK, order_RK, 0), axis=0, out=gain_MK[1:, 1:])
@@ -182,62 +248,45 @@ class Joint(Priced):
         verify_N1 = self.prices.verifying(round, int(rows_MK[-1, -1]))
         seconds_MK = verify_N1[rows_MK.astype(np.intp)] + self.prices.drafts(round, most)
         seconds_MK *= self.guard.factor(requests, drafting=True)
-        plain = float(verify_N1[0]) * self.guard.factor(requests, drafting=False)
-        seconds_MK[0, :] = seconds_MK[:, 0] = plain
+        self._plain = float(verify_N1[0]) * self.guard.factor(requests, drafting=False)
+        seconds_MK[0, :] = seconds_MK[:, 0] = self._plain
         return order_RK, (weight_R.sum() + gain_MK) / seconds_MK
 
-    def _explore(self, round: Round) -> None:
-        """Let requests draft that have not for long, as far as the allowance goes; for one step."""
-        for request, kept in zip(round.request_ids, self._kept, strict=False):
-            self._undrafted[request] = 0 if kept else self._undrafted.get(request, 0) + KEEP
-        if len(self._undrafted) > 4 * len(round.request_ids) + 64:
-            self._undrafted = {request: self._undrafted[request] for request in round.request_ids}
-        idle = [
-            r
-            for r, (request, kept, limit) in enumerate(zip(round.request_ids, self._kept, round.limit_R, strict=False))
-            if not kept and limit and self._undrafted[request] >= STALE
-        ]
-        if not idle:
-            return
-        tried = sorted(idle, key=lambda r: -self._undrafted[round.request_ids[r]])[: max(1, round.requests // 8)]
-        slots = max(self._choice)
-        width = slots or 1 + int(self._rate_MK[1:, 1:].max(0).argmax())
-        drafting = sum(kept > 0 for kept in self._kept)
-        verified = sum(self._kept) + width * len(tried)
-        before = self.prices.verifying(round, verified)[sum(self._kept)] + self.prices.drafting(round, slots, drafting)
-        after = self.prices.verifying(round, verified)[-1] + self.prices.drafting(round, width, drafting + len(tried))
-        if after - before > self._allowance:
-            return
-        self._allowance -= float(after - before)
-        self._left = 1
-        for r in tried:
-            self._kept[r] = width
-            self._undrafted[round.request_ids[r]] = 0
+    def _options(self, most: int) -> Array:
+        """Tokens a request's draft of n slots is worth more for its rows being chosen after drafting, [most].
 
-    def _learn(self) -> None:
-        heard, self._heard = self._heard, []
-        if not heard:
-            return
-        self.acceptance.learn(heard)
-        last = heard[-1]
-        width = last.survival_RK.shape[1] if last.survival_RK is not None else 0
-        alike = [o for o in heard if o.survival_RK is not None and o.survival_RK.shape[1] == width]
-        limits = [limit for outcome in alike for limit in outcome.round.limit_R]
-        self.means.observe(
-            np.concatenate([o.survival_RK for o in alike if o.survival_RK is not None]), limits, len(alike)
-        )
-        self._value_choice(last, len(heard))
+        From the newest rounds' survivals: what the best number of rows of each is worth beyond all of them.
+        """
+        option_K = np.zeros(most)
+        if len(self._seen_NK):
+            price = self.rate * self._row
+            gain_NK = np.cumsum(self._seen_NK[:, :most] - price, axis=1)
+            best_NK = np.maximum.accumulate(np.maximum(gain_NK, 0.0), axis=1)
+            option_K[: gain_NK.shape[1]] = (best_NK - gain_NK).mean(0)
+        return option_K
 
-    def _value_choice(self, outcome: Outcome, rounds: int) -> None:
-        """What a plan was worth beyond verifying everything, in tokens a drafting request; it stands for `rounds`."""
-        round, a_RK = outcome.round, outcome.survival_RK
-        assert a_RK is not None
-        slot_K = np.arange(a_RK.shape[1])
-        cut_RK = (slot_K >= np.asarray(outcome.plan)[:, None]) & (slot_K < np.asarray(round.limit_R)[:, None])
-        drafted, planned = sum(round.limit_R), sum(outcome.plan)
-        seconds_N1 = self.prices.verifying(round, drafted)
-        saved = self.rate * float(seconds_N1[drafted] - seconds_N1[planned])
-        lost = float((self.worth.of(round)[:, None] * a_RK * cut_RK).sum())
-        slots, drafting = max(round.asked_R or round.limit_R), sum(limit > 0 for limit in round.limit_R)
-        known = self._option_K.get(slots, 0.0)
-        self._option_K[slots] = known + (1 - OPTION_MEMORY**rounds) * (max(saved - lost, 0.0) / drafting - known)
+    def _learn(self, requests: int) -> None:
+        heard, self._heard = self._heard[-max(HEARD[0] // requests, HEARD[1]) :], []
+        for outcome, trial in heard[-HELD:]:
+            self.guard.observe(outcome, self.prices, booked=not trial)
+        rounds = [outcome for outcome, _ in heard if outcome.survival_RK is not None]
+        if not rounds:
+            return
+        self.acceptance.learn(rounds)
+        width = max(o.survival_RK.shape[1] for o in rounds if o.survival_RK is not None)
+        alike = [o for o in rounds if o.survival_RK is not None and o.survival_RK.shape[1] == width]
+        limit_N = np.concatenate([o.round.limit_R for o in alike])
+        a_NK = np.concatenate([o.survival_RK for o in alike if o.survival_RK is not None])
+        self.means.observe(a_NK, limit_N.tolist(), len(alike))
+        full_N = limit_N == width
+        if full_N.sum() >= ENOUGH:
+            self._seen_NK = as_array(a_NK[full_N])
+
+
+def round_up(value: float) -> int:
+    """The next whole number; a large one for none at all."""
+    return math.ceil(min(value, 1e6))
+
+
+def _ids(round: Round) -> list[int] | range:
+    return list(round.request_ids) or range(round.requests)

@@ -7,6 +7,7 @@ verified may depend on the tokens before slot k and on anything older (non-antic
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,6 +46,11 @@ class Fixed:
 
     length: int
     reads_confidence = False
+
+    @property
+    def rest(self) -> int:
+        """For ever, where nothing is drafted."""
+        return 0 if self.length else sys.maxsize
 
     def slots(self, round: Round) -> list[int]:
         return [min(self.length, limit) for limit in round.limit_R]

@@ -5,6 +5,7 @@ N drafted tokens verified in a step.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ from dspark.speculation.round import Array, Round
 
 REMEMBERED = 256
 STEP = 1.25  # prices are made for loads that differ by this factor or more in context or prefill
+LOG_STEP = math.log(STEP)
 
 
 class Source(Protocol):
@@ -69,4 +71,4 @@ class Prices:
 
 def _rounded(tokens: int) -> int:
     """A count of tokens, or one near it that stands for all alike."""
-    return tokens if tokens < 16 else round(16 * STEP ** round(np.log(tokens / 16) / np.log(STEP)))
+    return tokens if tokens < 16 else round(16 * STEP ** round(math.log(tokens / 16) / LOG_STEP))

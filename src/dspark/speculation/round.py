@@ -37,6 +37,15 @@ class Round:
         """Tokens in the pages of all requests together."""
         return sum(self.context_R)
 
+    def without_prefill(self) -> Round:
+        """The same requests in a step that takes in no prompt.
+
+        A prompt costs the same whatever is drafted beside it, so what drafting is worth is weighed without it.
+        """
+        if not self.prefill_rows:
+            return self
+        return Round(self.limit_R, self.asked_R, self.request_ids, self.context_R, self.params_R)
+
     def drafted(self, limit_R: Sequence[int], asked_R: Sequence[int], order: Sequence[int] | None = None) -> Round:
         """The same round once its draft exists; `order` permutes what is known of the requests."""
         if order is None:
@@ -57,8 +66,9 @@ class Outcome:
     accepted_R: Sequence[int]
     seconds: float  # of the whole step
     survival_RK: Array | None = field(default=None, repr=False)  # as the planner got it; None if nobody drafted
-    rest_seconds: float = 0.0  # of the plain steps since the planner was last asked
-    rest_steps: int = 0
+    rest_steps: int = 0  # above 0: not one step but so many at once, for which the planner was not asked
+    bare_seconds: float = 0.0  # of those of them that took in no prompt
+    bare_steps: int = 0
 
 
 def as_array(survival_RK: object) -> Array:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark.speculation.guard import Guard
 from dspark.speculation.prices import Prices
 from dspark.speculation.round import Array, Outcome, Round, as_array
 
@@ -46,17 +47,27 @@ def throughput(survival_N: Array, seconds_N1: Array, requests: int) -> Array:
 
 
 class Priced:
-    """What the planners here share: everything is drafted, and a step's seconds include the draft's."""
+    """What these planners share: all that the guard allows is drafted, and a step is priced with its draft."""
 
     def __init__(self, prices: Prices):
         self.prices = prices
+        self.guard = Guard()
+        self._forbidden = 0  # requests of the last step for which the guard allowed no draft, else 0
 
     def slots(self, round: Round) -> list[int]:
-        """As many as fit: these planners decide after drafting."""
-        return list(round.limit_R)
+        """As many as fit, or none: these planners decide after drafting."""
+        allowed = self.guard.allows(round.requests)
+        self._forbidden = 0 if allowed else round.requests
+        return list(round.limit_R) if allowed else [0] * round.requests
+
+    @property
+    def rest(self) -> int:
+        """Steps for which nobody drafting holds, while there are as many requests."""
+        return self.guard.rest(self._forbidden) if self._forbidden else 0
 
     def observe(self, outcome: Outcome) -> None:
-        """Nothing to learn."""
+        """Hold the step against its price."""
+        self.guard.observe(outcome, self.prices)
 
     def seconds(self, round: Round, most: int) -> Array:
         """Seconds of the step with 0..`most` drafted tokens verified."""
@@ -132,6 +143,7 @@ class Lookahead(Priced):
 
     def observe(self, outcome: Outcome) -> None:
         """Take the round's confidences into the running means."""
+        super().observe(outcome)
         if outcome.survival_RK is not None:
             self.means.observe(outcome.survival_RK, outcome.round.limit_R)
 

@@ -36,6 +36,7 @@ class Worth:
 
     def __init__(self) -> None:
         self.floors: dict[int, _Floor] = {}  # by request
+        self.alike = True  # whether a token was worth the same in every request that was last asked about
         self._for: object = None
         self._weight_R = np.ones(0)
 
@@ -48,6 +49,7 @@ class Worth:
             self._follow(round)
             factors = [self.floors[i].factor if i in self.floors else 1.0 for i in round.request_ids]
             self._weight_R = np.array([p.priority * f for p, f in zip(round.params_R, factors, strict=True)])
+            self.alike = not self.floors and bool((self._weight_R == 1.0).all())
         return self._weight_R
 
     def observe(self, outcome: Outcome) -> None:

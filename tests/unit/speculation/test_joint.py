@@ -142,3 +142,17 @@ def test_groups_share_what_their_requests_teach():
 
 def test_the_first_guess_is_the_calibrations():
     assert Acceptance([0.8, 0.5]).conditional(3).tolist() == pytest.approx([0.8, 0.5, 0.5])
+
+
+def test_newcomers_draft_where_their_group_pays_without_a_new_decision():
+    planner, chat, code = (
+        Joint(Prices(COST)),
+        SamplingParams(speculation_group="chat"),
+        SamplingParams(speculation_group="code"),
+    )
+    serve(planner, [0.0, 0.9], 200, [chat, code])
+    decided = planner._decisions
+    planner._left = 10
+    round = Round([SLOTS] * 2, (), [500, 501], [64] * 2, [chat, code])
+    assert [n > 0 for n in planner.slots(round)] == [False, True]
+    assert planner._decisions == decided
