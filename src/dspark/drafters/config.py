@@ -92,6 +92,11 @@ def kind_of(raw: Mapping[str, Any]) -> str | None:
     return "dspark" if raw.get("markov_rank") or raw.get("enable_confidence_head") else "dflash"
 
 
+def architecture(model_type: str, name: str) -> str:
+    """DeepSpec's string for a drafter of one family: name is DSpark, which DFlash shares, or Eagle3, and so on."""
+    return f"{'Gemma4' if model_type.startswith('gemma4') else 'Qwen3'}{name}Model"
+
+
 def parse(raw: Mapping[str, Any], origin: str) -> DrafterConfig:
     """Check and read a drafter's config. Raises UserError naming the field, its value and the way out."""
     kind = kind_of(raw)
@@ -126,9 +131,9 @@ def parse(raw: Mapping[str, Any], origin: str) -> DrafterConfig:
 
 def block_fields(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """What DSpark and DFlash have of their own."""
-    if not 0 <= raw["mask_token_id"] < raw["vocab_size"]:
+    if type(raw["mask_token_id"]) is not int or not 0 <= raw["mask_token_id"] < raw["vocab_size"]:
         raise UserError(
-            f"{origin}: mask_token_id {raw['mask_token_id']} is outside the vocabulary of {raw['vocab_size']}"
+            f"{origin}: mask_token_id {raw['mask_token_id']!r} is outside the vocabulary of {raw['vocab_size']}"
         )
     head, rank = raw.get("markov_head_type", "vanilla"), raw["markov_rank"]
     if head not in MARKOV_HEADS:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dspark.common.errors import UserError
-from dspark.drafters.config import DrafterConfig, refuse_causal_windows, transformers_config
+from dspark.drafters.config import DrafterConfig, architecture, refuse_causal_windows, transformers_config
 
 ARCHITECTURES = {"dspark": "DSparkDraftModel", "dflash": "DFlashDraftModel", "eagle3": "Eagle3DraftModel"}
 AUX = {"eagle3": "eagle_aux_hidden_state_layer_ids"}
@@ -90,7 +90,7 @@ def block_fields(raw: Mapping[str, Any], flat: Mapping[str, Any], origin: str) -
         raise UserError(f"{origin}: block_size is {slots!r}; give a whole number of {2 - anchor} or more")
     heads = raw["speculators_model_type"] == "dspark"
     return {
-        "architectures": ["Qwen3DSparkModel"],
+        "architectures": [architecture(flat["model_type"], "DSpark")],
         "block_size": slots if anchor else slots - 1,
         "mask_token_id": raw.get("mask_token_id"),
         "sample_from_anchor": anchor,
@@ -107,7 +107,7 @@ def eagle3_fields(raw: Mapping[str, Any], flat: Mapping[str, Any], origin: str) 
         raise UserError(f"{origin}: num_hidden_layers is {flat['num_hidden_layers']}; an Eagle-3 drafter has 1 here")
     methods = (raw.get("speculators_config") or {}).get("proposal_methods") or [{}]
     return {
-        "architectures": ["Qwen3Eagle3Model"],
+        "architectures": [architecture(flat["model_type"], "Eagle3")],
         "ttt_length": methods[0].get("speculative_tokens") or raw.get("ttt_length"),
         "draft_vocab_size": raw.get("draft_vocab_size") or flat["vocab_size"],
     }

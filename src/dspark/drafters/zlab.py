@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspark.common.errors import UserError
-from dspark.drafters.config import DrafterConfig, refuse_causal_windows, transformers_config
+from dspark.drafters.config import DrafterConfig, architecture, refuse_causal_windows, transformers_config
 
 SECTION = "dflash_config"
 HEADS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
@@ -51,7 +51,7 @@ def native(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
     heads = {name: section.get(name, raw.get(name)) for name in HEADS} if anchor else {}
     flat.pop("_name_or_path", None)
     return flat | {
-        "architectures": ["Qwen3DSparkModel"],
+        "architectures": [architecture(flat["model_type"], "DSpark")],
         "tie_word_embeddings": False,
         "block_size": slots if anchor else slots - 1,
         "mask_token_id": section.get("mask_token_id", raw.get("mask_token_id")),

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from dspark.common.errors import UserError
 from dspark.drafters import checkpoint
-from dspark.drafters.config import DrafterConfig, parse
+from dspark.drafters.config import DrafterConfig, architecture, parse
 from dspark.drafters.eagle3 import Eagle3
 from dspark.drafters.pruned import most_frequent
 from dspark.drafters.vocab import TargetParts
@@ -42,9 +42,7 @@ def drafter_fields(target: PreTrainedConfig, shape: DrafterShape, anchors: int) 
     }
     raw |= own[shape.kind](target, shape) if shape.kind in own else block_fields(target, shape)
     raw["layer_types"] = ["full_attention"] * raw["num_hidden_layers"]
-    raw["architectures"] = [
-        f"{'Gemma4' if target.model_type.startswith('gemma4') else 'Qwen3'}{raw['architectures']}Model"
-    ]
+    raw["architectures"] = [architecture(target.model_type, raw["architectures"])]
     raw.pop("_name_or_path", None)
     if raw.pop("per_layer_config", None):  # Gemma 4: full attention has heads of another size
         full = target.per_layer_config[target.layer_types.index("full_attention")]

@@ -206,6 +206,7 @@ def test_specforge_dspark_drafts_from_the_anchor():
         (None, {"aux_hidden_state_layer_ids": None}, ["aux_hidden_state_layer_ids"]),
         (None, {"block_size": 0}, ["block_size is 0"]),
         (None, {"mask_token_id": 99}, ["99", str(VOCABULARY)]),
+        (None, {"mask_token_id": None}, ["mask_token_id None", str(VOCABULARY)]),
         (None, {"norm_before_residual": True}, ["norm_before_residual"]),
         (None, {"markov_rank": 9}, ["markov_w1.weight", "[61, 8]", "[61, 9]"]),
         (None, {"projector_type": "domino"}, ["'domino'"]),
