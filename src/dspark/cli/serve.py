@@ -34,7 +34,9 @@ def serve(
     api_keys: Annotated[Path | None, typer.Option(help="A file with one API key a line.")] = None,
     cors_origin: Annotated[list[str] | None, typer.Option(help="Let pages of this origin call; default none.")] = None,
     playground: Annotated[bool, typer.Option(help="A page at / to try prompts and watch the load.")] = True,
-    queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; more get 429.")] = 256,
+    queue: Annotated[
+        int | None, typer.Option(min=0, help="Texts that may wait; more get 429. Default: a quarter of --max-running.")
+    ] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Texts generated at the same time.")] = 64,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the model's context.")] = None,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request; larger ones get 413.")] = 2 << 20,
@@ -76,7 +78,7 @@ def serve(
     configure(log_level, log_format)
     config = ServerConfig(
         name=name or served_name(target),
-        queue=queue,
+        queue=max_running // 4 if queue is None else queue,  # waits stay short beside the time of a text
         most_body_bytes=max_body_bytes,
         most_prompt_tokens=max_prompt_tokens,
         keys=tuple(find_keys(api_key or (), api_keys)),
