@@ -340,6 +340,8 @@ async def fuzz(options: argparse.Namespace, directory: Path) -> tuple[dict[str, 
                     writer.write_eof()  # half a request is over; the others are waited for to the server's own limits
                 answer = await asyncio.wait_for(reading, 60)
                 seen[str(status(answer))] += 1
+                if status(answer) >= 500:
+                    print(f"{answer[-300:]!r} to {raw[:300]!r}", file=sys.stderr)
                 writer.close()
             except TimeoutError:
                 seen["hang"] += 1

@@ -214,3 +214,13 @@ def test_deep_bodies_are_refused(limited):
     for body in ("[" * 10_000, '{"prompt":' * 70 + "1" + "}" * 70):
         got = served.http.post("/v1/completions", content=body)
         assert got.status_code == 400 and got.json()["error"]["code"] == "too_deep"
+
+
+def test_numbers_too_large_for_anything_are_refused_not_run(limited):
+    """One that no float holds would fail the step, and the others in it."""
+    served, _ = limited
+    for field in ("top_k", "max_tokens", "seed", "n"):
+        got = served.http.post(
+            "/v1/completions", content=f'{{"prompt": "a", "ignore_eos": false, "{field}": {"9" * 400}}}'
+        )
+        assert got.status_code == (200 if field == "max_tokens" else 400), (field, got.text)

@@ -35,7 +35,7 @@ def serve(
     cors_origin: Annotated[list[str] | None, typer.Option(help="Let pages of this origin call; default none.")] = None,
     playground: Annotated[bool, typer.Option(help="A page at / to try prompts and watch the load.")] = True,
     queue: Annotated[
-        int | None, typer.Option(min=0, help="Texts that may wait; more get 429. Default: a quarter of --max-running.")
+        int | None, typer.Option(min=0, help="Texts that may wait; more get 429. Default: a 32nd of --max-running.")
     ] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Texts generated at the same time.")] = 64,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the model's context.")] = None,
@@ -78,7 +78,7 @@ def serve(
     configure(log_level, log_format)
     config = ServerConfig(
         name=name or served_name(target),
-        queue=max_running // 4 if queue is None else queue,  # waits stay short beside the time of a text
+        queue=max(1, max_running // 32) if queue is None else queue,  # of a text's time, what overload adds
         most_body_bytes=max_body_bytes,
         most_prompt_tokens=max_prompt_tokens,
         keys=tuple(find_keys(api_key or (), api_keys)),

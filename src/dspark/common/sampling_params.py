@@ -11,6 +11,7 @@ from dspark.common.errors import UserError
 from dspark.common.grammar import Grammar
 
 MAX_SEED = 2**63 - 1
+MAX_TOP_K = 2**31 - 1  # more than any vocabulary
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, 1, None, "or None for as many as the context holds", optional=True)
         _number("temperature", self.temperature, 0.0, math.inf, "pass 0 for the most likely token, 1 for the model's")
-        _whole("top_k", self.top_k, 0, None, "pass 0 to keep every token")
+        _whole("top_k", self.top_k, 0, MAX_TOP_K, "pass 0 to keep every token")
         _number("top_p", self.top_p, 0.0, 1.0, "pass 1 to keep every token", open_low=True)
         _number("min_p", self.min_p, 0.0, 1.0, "pass 0 to keep every token")
         _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, "pass 1 for none", open_low=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dspark.common.grammar import Grammar
-from dspark.common.sampling_params import MAX_SEED, SamplingParams
+from dspark.common.sampling_params import MAX_SEED, MAX_TOP_K, SamplingParams
 from dspark.server.structured import Strict, Structured
 from dspark.server.tools import MOST_TOOLS, Choice, Function, NamedTool, Tool
 
@@ -58,7 +58,7 @@ class Sampling(Structured):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Extensions that other servers have in the same place.
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = None
     min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Finite, Field(ge=0.01, le=100)] | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=MAX_STOPS)] | None = None
