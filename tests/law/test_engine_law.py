@@ -202,6 +202,35 @@ class Peeking:
         pass
 
 
+class Ending:
+    """Ends the block of the requests of a step, and cuts their plans, by what was drafted before each slot."""
+
+    ended = 0
+
+    def slots(self, round):
+        return list(round.limit_R)
+
+    def going_on(self, round, survival_R, drawn):
+        stays = float(survival_R.sum()) > 0.45 * len(survival_R)
+        self.ended += not stays
+        return stays
+
+    def plan(self, round, survival_RK):
+        return [0] * round.requests if survival_RK is None else parse_planner("threshold:0.4").plan(round, survival_RK)
+
+    def observe(self, outcome):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "layer_skip"])
+def test_blocks_that_end_early_keep_the_law(kind):
+    target, planner = target_of(5), Ending()
+    llm = LLM(target, drafter_of(kind, target), planner, seed=0, max_running=4)
+    results = llm.generate([PROMPT] * (SAMPLES // 4), SamplingParams(max_tokens=LENGTH + 2))
+    assert planner.ended > 50
+    assert distance([tuple(result.token_ids[:LENGTH]) for result in results], exact_law()) < BOUND
+
+
 @pytest.mark.parametrize(("planner", "caught"), [("threshold:0.85", False), (Peeking(), True)])
 def test_a_plan_that_peeks_is_caught(planner, caught):
     target = target_of(5)

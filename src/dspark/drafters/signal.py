@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -41,15 +40,8 @@ class Signal:
         weight_F = feature_F.new_tensor((self.odds, self.margin, self.entropy))
         return torch.sigmoid(feature_F @ weight_F + self.bias)
 
-    @staticmethod
-    def of(values: object) -> Signal:
-        """From four numbers. Raises ValueError for anything else."""
-        if not isinstance(values, list | tuple) or len(values) != 4 or not all(math.isfinite(v) for v in values):
-            raise ValueError(f"signal {values!r} is not four numbers")
-        return Signal(*map(float, values))
-
     def as_list(self) -> list[float]:
-        """What `of` reads."""
+        """Bias and weights in the order of FEATURES."""
         return [self.bias, self.odds, self.margin, self.entropy]
 
 

@@ -10,6 +10,7 @@ from dspark.common.errors import UserError
 from dspark.drafters.base import Drafter
 from dspark.drafters.ngram import NoDraft
 from dspark.drafters.registry import has_tokenizer, load_drafter
+from dspark.drafters.signal import Signal
 from dspark.engine.config import EngineConfig
 from dspark.engine.pricing import plan_with
 from dspark.engine.profile import Profile
@@ -66,6 +67,8 @@ def build_engine(
     if isinstance(calibration, str | Path):
         path, calibration = calibration, Calibration.load(calibration)
         calibration.check(core.drafter.block_size, path)
+    if calibration is not None and calibration.signal is not None and hasattr(core.drafter, "signal"):
+        core.drafter.signal = Signal(*calibration.signal)
     if isinstance(planner, str):
         plan_with(core, planner, profile, calibration)
     return core

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
@@ -13,17 +12,17 @@ from dspark.common.errors import UserError
 from dspark.common.plots import Panel, draw
 from dspark.common.provenance import provenance
 from dspark.common.sampling_params import SamplingParams
+from dspark.drafters.signal import Signal
 from dspark.engine.step import EngineCore
 from dspark.speculation.calibration import LAWS, Calibration, Fit
-from dspark.speculation.calibration_fit import fit
+from dspark.speculation.calibration_fit import fit, resaid, signal
 from dspark.speculation.reliability import RoundRecord
 
 HELD_OUT = 3  # every third prompt scores the fit that the others made
 TOGETHER = 64  # prompts asked for at once, so that progress can be shown
 
 
-@dataclass(frozen=True)
-class Collected:
+class Collected(NamedTuple):
     """Rounds by law; which are for fitting and which for scoring, by prompt."""
 
     fitting: dict[str, list[RoundRecord]]
@@ -78,20 +77,29 @@ def params_of(law: str, temperature: float, max_tokens: int, number: int) -> Sam
 
 def calibrate(core: EngineCore, rounds: Collected, source: dict[str, Any]) -> Calibration:
     """The calibration of the engine's drafter. Raises UserError where too few rounds reached a slot."""
-    slots = core.drafter.block_size
+    slots, weights = core.drafter.block_size, None
+    before: Signal | None = getattr(core.drafter, "signal", None)
+    if before is not None:
+        weights = signal([one for records in rounds.fitting.values() for one in records], before.as_list())
+    if weights is not None:
+        rounds = Collected(
+            *({law: [resaid(r, weights) for r in found] for law, found in side.items()} for side in rounds)
+        )
     fits = {law: fit(rounds.fitting[law], slots, rounds.scoring[law]) for law in rounds.fitting}
-    return Calibration(slots, fits, source=source | {"where": provenance(core.target.device)})
+    return Calibration(slots, fits, weights, source=source | {"where": provenance(core.target.device)})
 
 
 def table(law: str, made: Fit) -> Table:
     """Scores of the cumulative survival by position, before and after, on the prompts that were held out."""
     before, paper, after = (made.scores[name] for name in ("before", "temperature_only_after", "after"))
     held_out = before["samples"][0]
-    shown = Table(title=f"{law}: {made.rounds} rounds fitted, {held_out} held out", title_justify="left")
+    curve = ", with a curve on their product" if made.curve else ""
+    shown = Table(title=f"{law}: {made.rounds} rounds fitted{curve}, {held_out} held out", title_justify="left")
     names = (
         "ECE before",
         "temperature alone",
         "after",
+        "chance alone",
         "AUROC before",
         "after",
         "Brier before",
@@ -102,7 +110,7 @@ def table(law: str, made: Fit) -> Table:
     for name in ("position", *names):
         shown.add_column(name, justify="right")
     for k, (slope, shift) in enumerate(zip(made.slope, made.shift, strict=True)):
-        errors = [f"{100 * scores['ece'][k]:.1f} %" for scores in (before, paper, after)]
+        errors = [f"{100 * scores['ece'][k]:.1f} %" for scores in (before, paper, after, made.scores["floor"])]
         ranks = ["-" if scores["auroc"][k] is None else f"{scores['auroc'][k]:.3f}" for scores in (before, after)]
         briers = [f"{scores['brier'][k]:.4f}" for scores in (before, after)]
         shown.add_row(str(k + 1), *errors, *ranks, *briers, f"{slope:.2f}", f"{shift:+.2f}")

@@ -1,7 +1,9 @@
 """Makes a drafter's confidences probabilities: the fit that lies beside a drafter, and how it is applied.
 
-R requests, K draft slots. A calibrated confidence is σ(slope_k · z_k + shift_k) of the drafter's own logit z_k, where
-1 / slope is the temperature. It is a function of the drafter's confidence, so it sees what that sees: x_{<k}.
+R requests, K draft slots, G points of a curve. A calibrated confidence is σ(slope_k · z_k + shift_k) of the drafter's
+own logit z_k, where 1 / slope is the temperature. Where confidences of a block go together, their product is off though
+each is fair: a curve then maps the product at each slot to the share of prefixes that was accepted. Both are functions
+of the drafter's confidences up to k, so they see what those see: x_{<k}.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class Fit:
     shift: tuple[float, ...]
     acceptance: tuple[float, ...]  # conditional, of held-out rounds: what to expect of a request nothing is known of
     rounds: int = 0
+    curve: tuple[tuple[float, ...], ...] = ()  # by slot, survival at even steps of the product from 0 to 1; () for none
     scores: Mapping[str, Any] = field(default_factory=dict)  # {"before" or "after": {"ece": [...], ...}}
 
     @staticmethod
@@ -50,16 +53,17 @@ class Fit:
     def apply(self, confidence_RK: Array) -> Array:
         """Calibrated confidences of the first K slots, [R, K]."""
         slots = confidence_RK.shape[1]
-        return sigmoid(logit(confidence_RK) * np.array(self.slope[:slots]) + np.array(self.shift[:slots]))
+        fair_RK = sigmoid(logit(confidence_RK) * np.array(self.slope[:slots]) + np.array(self.shift[:slots]))
+        return bent(fair_RK, np.array(self.curve)) if self.curve else fair_RK
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The fits of one drafter at one block size. `signal` weighs bias, entropy and margin where it has no head."""
+    """The fits of one drafter at one block size. `signal` is `Signal`'s, where it has no head."""
 
     block_size: int
     fits: Mapping[str, Fit]
-    signal: tuple[float, float, float] | None = None
+    signal: tuple[float, float, float, float] | None = None
     source: Mapping[str, Any] = field(default_factory=dict)  # of the rounds: target, prompts, temperature, version
 
     def fit(self, law: str) -> Fit:
@@ -115,10 +119,12 @@ class Calibration:
         try:
             size = int(held["block_size"])
             fits = {law: _fit_of(values, size) for law, values in held["fits"].items() if law in LAWS}
-            signal = None if held.get("signal") is None else tuple(map(float, held["signal"]))
-            assert signal is None or len(signal) == 3
+            signal = None
+            if held.get("signal") is not None:
+                bias, odds, margin, entropy = map(float, held["signal"])
+                signal = bias, odds, margin, entropy
             return Calibration(size, fits, signal, dict(held.get("source", {})))
-        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is a damaged calibration ({error!r}); {way_out}") from error
 
 
@@ -133,8 +139,22 @@ def sigmoid(z: Array) -> Array:
     return 1.0 / (1.0 + np.exp(-z))
 
 
+def bent(confidence_RK: Array, curve_KG: Array) -> Array:
+    """Confidences whose product at every slot is the curve of what it was, never more than at the slot before."""
+    slots, last = confidence_RK.shape[1], curve_KG.shape[1] - 1
+    place_RK = np.cumprod(confidence_RK, axis=1) * last
+    cell_RK = np.minimum(place_RK.astype(np.intp), last - 1)
+    low_RK, high_RK = (np.take_along_axis(curve_KG[:slots].T, cell_RK + step, 0) for step in (0, 1))
+    survival_RK = np.minimum.accumulate(low_RK + (high_RK - low_RK) * (place_RK - cell_RK), axis=1)
+    before_RK = np.concatenate([np.ones((len(survival_RK), 1)), survival_RK[:, :-1]], 1)
+    return np.asarray(survival_RK / np.maximum(before_RK, LEAST), dtype=np.float64)
+
+
 def _fit_of(values: dict[str, Any], slots: int) -> Fit:
     slope, shift, acceptance = (tuple(map(float, values[name])) for name in ("slope", "shift", "acceptance"))
     if not len(slope) == len(shift) == slots or not np.isfinite([*slope, *shift, *acceptance]).all():
         raise ValueError(f"slope and shift need {slots} numbers each")
-    return Fit(slope, shift, acceptance, int(values.get("rounds", 0)), dict(values.get("scores", {})))
+    curve = tuple(tuple(map(float, points)) for points in values.get("curve", ()))
+    if curve and (len(curve) != slots or len({len(points) for points in curve}) != 1 or len(curve[0]) < 2):
+        raise ValueError(f"curve needs {slots} rows of the same number of points")
+    return Fit(slope, shift, acceptance, int(values.get("rounds", 0)), curve, dict(values.get("scores", {})))

@@ -2,7 +2,8 @@
 
 R requests, K draft slots. Only verified slots have outcomes, and only once the slots before were accepted: a slot that
 the plan cut off is censored, not rejected. Audited rounds are verified in full, by a choice older than their drafts:
-they teach like all others, and being a fair sample they can be scored.
+they teach like all others, and being a fair sample they can be scored. The offline fit comes first; what follows the
+outcomes is a slope and a shift on the logits of what it says, none to begin with.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark.speculation.calibration import Calibration, Fit, law_of, logit, sigmoid
+from dspark.speculation.calibration import Calibration, Fit, bent, law_of, logit, sigmoid
 from dspark.speculation.reliability import RoundRecord
 from dspark.speculation.round import Array, Round
 
@@ -39,7 +40,7 @@ class Heard:
 
 
 class OnlineCalibration:
-    """Calibrates by law and workload group; groups start from their law's running fit, laws from the offline fit."""
+    """Calibrates by law and workload group; groups start from their law's running fit, laws from the offline fit's."""
 
     def __init__(self, calibration: Calibration):
         self.calibration = calibration
@@ -49,7 +50,10 @@ class OnlineCalibration:
         self._heard: list[Heard] = []
         self._key: tuple[Sequence[int], int] | None = None
         self._weights: tuple[Array, Array] = (np.ones(0), np.ones(0))
+        self._offline: tuple[Array, Array] = (np.ones(0), np.ones(0))
+        self._curves: list[tuple[NDArray[np.intp], Array]] = []  # rows and [K, G] of the laws that have one
         self._circles: list[tuple[str, str]] = []
+        self._said_z_RK: Array = np.zeros((0, 0))  # logits of what the offline fit said of the last round
 
     def confidence(self, round: Round, raw_RK: Array) -> Array:
         """Calibrated confidences, [R, K]; remembers the circles of the round's requests."""
@@ -60,14 +64,17 @@ class OnlineCalibration:
             )
             self._refresh(raw_RK.shape[1])
             self._key = key
-        slope_RK, shift_RK = self._weights
-        return sigmoid(logit(raw_RK) * slope_RK + shift_RK)
+        z_RK = logit(raw_RK) * self._offline[0] + self._offline[1]
+        for rows, curve_KG in self._curves:
+            z_RK[rows] = logit(bent(sigmoid(z_RK[rows]), curve_KG))
+        self._said_z_RK = z_RK
+        return sigmoid(z_RK * self._weights[0] + self._weights[1])
 
     def observe(
         self, raw_RK: Array, plan: Sequence[int], accepted_R: Sequence[int], audited_R: Sequence[int] = ()
     ) -> None:
         """Take the outcomes of the round that `confidence` was last asked about; `audited_R` are indices."""
-        z_RK, (slope_RK, shift_RK) = logit(raw_RK), self._weights
+        z_RK, (slope_RK, shift_RK) = self._said_z_RK, self._weights
         self._heard.append(Heard(self._circles, z_RK, plan, accepted_R))
         for r in audited_R:
             said_K = sigmoid(z_RK[r] * slope_RK[r] + shift_RK[r])[: plan[r]]
@@ -76,9 +83,11 @@ class OnlineCalibration:
             self._learn()
 
     def fit(self, law: str, group: str = "") -> Fit:
-        """What one circle's confidences are calibrated with now."""
-        tracker = self._tracker((law, group), self.calibration.block_size)
-        return Fit(tuple(tracker.weight_K2[:, 0].tolist()), tuple(tracker.weight_K2[:, 1].tolist()), ())
+        """What one circle's confidences are calibrated with now, but for the law's curve."""
+        slope_K, shift_K = self._tracker((law, group), self.calibration.block_size).weight_K2.T
+        before = self.calibration.fit(law)
+        shift_K = shift_K + slope_K * np.array(before.shift)
+        return Fit(tuple((slope_K * np.array(before.slope)).tolist()), tuple(shift_K.tolist()), ())
 
     def _learn(self) -> None:
         heard, self._heard, self._key = self._heard, [], None
@@ -96,8 +105,8 @@ class OnlineCalibration:
         tracker = self._trackers.get(circle)
         if tracker is None:
             law, group = circle
-            fit = self.calibration.fit(law)
-            prior_K2 = self._tracker((law, ""), slots).weight_K2 if group else np.stack([fit.slope, fit.shift], 1)
+            none_K2 = np.tile([1.0, 0.0], (self.calibration.block_size, 1))
+            prior_K2 = self._tracker((law, ""), slots).weight_K2 if group else none_K2
             tracker = self._trackers[circle] = Tracker(prior_K2)
         elif circle[1]:
             tracker.prior_K2 = self._tracker((circle[0], ""), slots).weight_K2
@@ -106,6 +115,14 @@ class OnlineCalibration:
     def _refresh(self, slots: int) -> None:
         weight_RK2 = np.stack([self._tracker(circle, slots).weight_K2[:slots] for circle in self._circles])
         self._weights = weight_RK2[..., 0], weight_RK2[..., 1]
+        laws = [law for law, _ in self._circles]
+        fits = {law: self.calibration.fit(law) for law in dict.fromkeys(laws)}
+        slope_RK, shift_RK = (
+            np.array([getattr(fits[law], name)[:slots] for law in laws]) for name in ("slope", "shift")
+        )
+        self._offline = slope_RK, shift_RK
+        rows = {law: np.array([row for row, one in enumerate(laws) if one == law]) for law in fits}
+        self._curves = [(rows[law], np.array(fits[law].curve)) for law in fits if fits[law].curve]
 
 
 class Tracker:

@@ -7,8 +7,8 @@ import pytest
 
 from dspark.common.errors import UserError
 from dspark.common.sampling_params import SamplingParams
-from dspark.speculation.calibration import Calibration, Fit, law_of, logit, sigmoid
-from dspark.speculation.calibration_fit import fit, sequential_temperatures, table
+from dspark.speculation.calibration import Calibration, Fit, bent, law_of, logit, sigmoid
+from dspark.speculation.calibration_fit import fit, never_falling_means, resaid, sequential_temperatures, signal, table
 from dspark.speculation.online import OnlineCalibration, Tracker
 from dspark.speculation.reliability import RoundRecord
 from dspark.speculation.round import Round
@@ -23,7 +23,8 @@ def rounds(count, slope, shift, seed=0, plan=None):
     accepted_NK = rng.random((count, SLOTS)) < sigmoid(z_NK * slope + shift)
     accepted_N = np.cumprod(accepted_NK, axis=1).sum(1)
     confidences = sigmoid(z_NK)
-    return [RoundRecord(0, tuple(c), SLOTS, int(n)) for c, n in zip(confidences.tolist(), accepted_N, strict=True)]
+    rows = zip(confidences.tolist(), accepted_N, strict=True)
+    return [RoundRecord(i % 50, tuple(c), SLOTS, int(n)) for i, (c, n) in enumerate(rows)]
 
 
 def test_the_fit_finds_slope_and_shift_and_mends_the_error():
@@ -36,8 +37,66 @@ def test_the_fit_finds_slope_and_shift_and_mends_the_error():
     assert found.acceptance[0] == pytest.approx(float(np.mean([r.accepted > 0 for r in rounds(8000, 0.5, -0.4)])))
 
 
+def together(count, seed):
+    """Rounds that are accepted whole or not at all: each slot's confidence is fair given the one before it or not."""
+    rng = np.random.default_rng(seed)
+    easy_N1 = rng.random((count, 1)) < 0.5
+    z_NK = rng.normal(0.0, 0.6, (count, SLOTS)) + np.where(easy_N1, 1.2, -0.2)
+    accepted_N = np.where(easy_N1, rng.random((count, 1)) < 0.95, rng.random((count, 1)) < 0.1)[:, 0] * SLOTS
+    rows = zip(sigmoid(z_NK).tolist(), accepted_N.tolist(), strict=True)
+    return [RoundRecord(i % 50, tuple(c), SLOTS, int(n)) for i, (c, n) in enumerate(rows)]
+
+
+def test_a_curve_mends_products_of_confidences_that_go_together():
+    made = fit(together(6000, 0), SLOTS, together(6000, 1))
+    bare = fit(together(6000, 0), SLOTS, [])
+    alone = np.cumprod(Fit(bare.slope, bare.shift, ()).apply(np.array([[0.9, 0.9, 0.9]])))
+    assert made.curve and max(made.scores["after"]["ece"]) < 0.025
+    assert np.cumprod(made.apply(np.array([[0.9, 0.9, 0.9]])))[2] != pytest.approx(alone[2], abs=0.005)
+    assert not fit(rounds(4000, 0.5, -0.4), SLOTS, []).curve  # none where slots are fair by themselves
+
+
+def test_what_chance_alone_would_show():
+    scores = fit(rounds(3000, 1.0, 0.0), SLOTS, rounds(3000, 1.0, 0.0, seed=1)).scores
+    assert scores["after"]["ece"] == pytest.approx(scores["floor"]["ece"], abs=0.01)
+    assert scores["floor"]["ece"][0] > 0.005
+
+
+def test_a_bent_product_follows_its_curve_and_never_rises():
+    curve_KG = np.array([[0.0, 0.2, 1.0], [0.1, 0.5, 0.9]])
+    survival_RK = np.cumprod(bent(np.array([[0.5, 1.0], [0.75, 0.0], [1.0, 1.0]]), curve_KG), axis=1)
+    np.testing.assert_allclose(survival_RK, [[0.2, 0.2], [0.6, 0.1], [1.0, 0.9]])
+
+
+def test_pooled_neighbours():
+    assert never_falling_means(np.array([0.0, 1.0, 0.0, 1.0])).tolist() == [0.0, 0.5, 0.5, 1.0]
+
+
+def test_a_signal_is_found_from_features():
+    rng, truth = np.random.default_rng(0), np.array([-0.5, 0.8, 0.0, -0.6])
+    feature_NKF = rng.normal(size=(6000, SLOTS, 3))
+    passed_NK = rng.random((6000, SLOTS)) < sigmoid(feature_NKF @ truth[1:] + truth[0])
+    columns = zip(feature_NKF.tolist(), np.cumprod(passed_NK, axis=1).sum(1).tolist(), strict=True)
+    records = [RoundRecord(0, (0.5,) * SLOTS, SLOTS, n, tuple(map(tuple, f))) for f, n in columns]
+    found = signal(records, [0.0, 1.0, 0.0, 0.0])
+    np.testing.assert_allclose(found, truth, atol=0.1)
+    said = resaid(records[0], truth).confidence[0]
+    assert said == pytest.approx(float(sigmoid(feature_NKF[0, 0] @ truth[1:] + truth[0])))
+    assert signal(rounds(10, 1.0, 0.0), [0.0] * 4) is None
+
+
+def test_online_says_what_the_offline_fit_says_until_it_has_heard():
+    curve = tuple(map(tuple, np.linspace([0, 0.1, 0.2], [1, 0.9, 0.8], 5).T.tolist()))
+    greedy = Fit((0.7,) * SLOTS, (0.2,) * SLOTS, (), curve=curve)
+    online = OnlineCalibration(Calibration(SLOTS, {"greedy": greedy, "sampled": made().fits["sampled"]}))
+    raw_RK, both = np.array([[0.9, 0.6, 0.8]] * 2), [SamplingParams(temperature=0), SamplingParams(temperature=1)]
+    said_RK = online.confidence(Round([3, 3], [3, 3], [0, 1], [5, 5], both), raw_RK)
+    np.testing.assert_allclose(said_RK[0], greedy.apply(raw_RK)[0], atol=1e-5)
+    np.testing.assert_allclose(said_RK[1], made().fits["sampled"].apply(raw_RK)[1], atol=1e-5)
+
+
 def test_sequential_temperatures_are_the_papers():
-    temperatures = sequential_temperatures(*table(rounds(6000, 0.5, 0.0), SLOTS))
+    temperatures = sequential_temperatures(table(rounds(6000, 0.5, 0.0), SLOTS))
     np.testing.assert_allclose(temperatures[:2], 2.0, rtol=0.35)
 
 
