@@ -61,6 +61,8 @@ def calibrate(
         raise UserError("there are no prompts; pass --prompts FILE with text this target was not trained on")
     quiet_libraries()
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
     directory = demo_target_path()
     source, drafts = the_pair(target, drafter)
     model = Target.load(source, dtype=dtype, device=device)

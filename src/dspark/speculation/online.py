@@ -19,7 +19,7 @@ from dspark.speculation.calibration import Calibration, Fit, bent, law_of, logit
 from dspark.speculation.reliability import RoundRecord
 from dspark.speculation.round import Array, Round
 
-MEMORY = 200.0  # outcomes of a slot after which an older one counts 1/e
+MEMORY = 1000.0  # outcomes of a slot after which an older one counts 1/e
 PRIOR = 20.0  # outcomes that the wider circle's fit counts for
 AUDITED = 1024  # rounds kept to say how true confidences are
 REFRESH = 32  # requests' rounds heard, over STEPS steps or more, before the fits move

@@ -1,4 +1,4 @@
-"""Features say what their definitions say; blocks end where they are told to, and cost nothing where nobody reads them."""
+"""Features say what their definitions say; blocks end where they are told to and cost nothing where nobody reads."""
 
 from dataclasses import replace
 

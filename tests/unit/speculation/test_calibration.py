@@ -1,6 +1,7 @@
 """Fits find what made the data, files survive a round trip, and what does not belong is refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,15 @@ import pytest
 from dspark.common.errors import UserError
 from dspark.common.sampling_params import SamplingParams
 from dspark.speculation.calibration import Calibration, Fit, bent, law_of, logit, sigmoid
-from dspark.speculation.calibration_fit import fit, never_falling_means, resaid, sequential_temperatures, signal, table
+from dspark.speculation.calibration_fit import (
+    fit,
+    never_falling_means,
+    resaid,
+    sequential_temperatures,
+    signal,
+    survival_scores,
+    table,
+)
 from dspark.speculation.online import OnlineCalibration, Tracker
 from dspark.speculation.reliability import RoundRecord
 from dspark.speculation.round import Round
@@ -48,17 +57,15 @@ def together(count, seed):
 
 
 def test_a_curve_mends_products_of_confidences_that_go_together():
-    made = fit(together(6000, 0), SLOTS, together(6000, 1))
-    bare = fit(together(6000, 0), SLOTS, [])
-    alone = np.cumprod(Fit(bare.slope, bare.shift, ()).apply(np.array([[0.9, 0.9, 0.9]])))
-    assert made.curve and max(made.scores["after"]["ece"]) < 0.025
-    assert np.cumprod(made.apply(np.array([[0.9, 0.9, 0.9]])))[2] != pytest.approx(alone[2], abs=0.005)
+    made, held_out = fit(together(6000, 0), SLOTS, together(6000, 1)), table(together(6000, 1), SLOTS)
+    alone = survival_scores(held_out, replace(made, curve=()))["ece"]
+    assert made.curve and max(made.scores["after"]["ece"]) < 0.04 < 0.05 < max(alone)
     assert not fit(rounds(4000, 0.5, -0.4), SLOTS, []).curve  # none where slots are fair by themselves
 
 
 def test_what_chance_alone_would_show():
     scores = fit(rounds(3000, 1.0, 0.0), SLOTS, rounds(3000, 1.0, 0.0, seed=1)).scores
-    assert scores["after"]["ece"] == pytest.approx(scores["floor"]["ece"], abs=0.01)
+    assert scores["after"]["ece"] == pytest.approx(scores["floor"]["ece"], abs=0.015)
     assert scores["floor"]["ece"][0] > 0.005
 
 
