@@ -25,6 +25,8 @@ from dspark.engine.llm import LLM
 from dspark.models.target import ATTENTION, Target
 from dspark.ops.cpu import load_kernels
 from dspark.speculation import reference, verify
+from dspark.speculation.cost import StepCost
+from dspark.speculation.guard import Guard
 from dspark.speculation.planner import parse_planner
 from dspark.speculation.round import Round
 from dspark.speculation.survival import survival
@@ -143,6 +145,25 @@ def sampled(drafter, target, planner="full", samples=SAMPLES, **fields):
 def test_samples_follow_the_targets_joint_law(kind):
     target, samples = target_of(5), SAMPLES if kind == "dspark" else SAMPLES // 2
     assert distance(sampled(drafter_of(kind, target), target, samples=samples), exact_law()) < BOUND
+
+
+class Trusting(Guard):
+    """Believes the prices, whatever the steps of a model this small take."""
+
+    def allows(self, requests):
+        return True
+
+    def observe(self, outcome, prices, *, booked=True):
+        pass
+
+
+@pytest.mark.parametrize("acceptance", ["rejection", "coupled"])
+def test_samples_under_the_default_planner_do_too(acceptance):
+    """`auto` is `joint` for any target worth measuring."""
+    target = target_of(5)
+    planner = parse_planner("joint", StepCost(rows=(1, 512), seconds=(1e-3, 2e-3)))
+    planner.guard = Trusting()
+    assert distance(sampled(drafter_of("dspark", target), target, planner, acceptance=acceptance), exact_law()) < BOUND
 
 
 @pytest.mark.skipif(not load_kernels(), reason="no C++ compiler: the rounds of float32 run like those of float64")

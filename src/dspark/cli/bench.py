@@ -32,7 +32,7 @@ def decode(
     seed: Annotated[int | None, typer.Option(help="Gives the coupled rule; default: the rejection rule.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; medians are reported.")] = 3,
-    planner: Planner = "full",
+    planner: Planner = "auto",
     assistant: Annotated[str | None, typer.Option(help="A small model for transformers' assisted generation.")] = None,
     library: Annotated[bool, typer.Option(help="Also measure transformers generate.")] = True,
     compile: Annotated[bool, typer.Option(help="Compile the engine's forward first, once per machine.")] = True,

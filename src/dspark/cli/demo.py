@@ -17,7 +17,7 @@ def demo(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Tokens to write for each prompt.")] = 96,
     seed: Annotated[int, typer.Option(help="The text's noise at a temperature above 0.")] = 0,
-    planner: Planner = "full",
+    planner: Planner = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each prompt; medians are reported.")] = 3,
     compile: Annotated[bool, typer.Option(help="Compile the target's forward, once per machine.")] = True,
     target: Annotated[str | None, typer.Option(help="Another target: directory or hub id.")] = None,

@@ -35,7 +35,7 @@ def generate(
     min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text, whatever the drafter.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
-    planner: Planner = "full",
+    planner: Planner = "auto",
     max_draft: Annotated[int | None, typer.Option(help="Draft at most this many tokens a round.")] = None,
     compile: Annotated[bool, typer.Option(help="Compile the target's forward first, once per machine.")] = False,
     dtype: Dtype = "auto",

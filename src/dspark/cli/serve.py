@@ -24,7 +24,7 @@ def serve(
         str | None, typer.Argument(help="A causal LM: directory or hub id; default: the embedded one.")
     ] = None,
     drafter: Annotated[str | None, typer.Option(help="Directory, hub id, ngram or none; default: the pair's.")] = None,
-    planner: Planner = "full",
+    planner: Planner = "auto",
     host: Annotated[str, typer.Option(help="0.0.0.0 is every interface.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name for clients; default: TARGET's last part.")] = None,

@@ -121,7 +121,7 @@ PRICED: dict[str, Callable[[Prices], Planner]] = {
     "joint": Joint,
 }
 AUTO = "auto"  # the engine's choice among these
-DEFAULT = "full"  # of engines and commands; AUTO is not yet the best everywhere on the demo pair (docs/results.md)
+DEFAULT = AUTO  # of engines and commands
 _TAKES = {"fixed": "a number of tokens, as in fixed:3", "threshold": "a confidence, as in threshold:0.5"}
 NAMES = f"{AUTO}, none, full, fixed:N, threshold:C, " + ", ".join(PRICED)
 
