@@ -46,14 +46,14 @@ def test_one_that_is_right_is_let_be_and_a_plain_step_is_rare(name):
 
 def test_a_ban_ends_and_comes_back_longer():
     guard, bans = Guard(), []
-    while len(bans) < 3:
-        while guard.allows(4):
+    guard._learn(4, False, 1.0)  # a plain step was seen
+    for _ in range(200):
+        if guard.allows(4):
             guard._book(4, -1.0)
-            guard._learn(4, False, 1.0)
-        if guard.rest(4):
+        elif guard.rest(4):
             bans.append(1 + guard.rest(4))
             guard._account(4).banned = 0
-    assert bans == [BAN, 2 * BAN, 4 * BAN]
+    assert bans[:3] == [BAN, 2 * BAN, 4 * BAN]
     assert guard._account(4).credit > -CREDIT
 
 
