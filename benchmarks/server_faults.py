@@ -168,7 +168,7 @@ async def soak(options: argparse.Namespace, directory: Path) -> tuple[dict[str, 
     limit, memory, port = asyncio.Semaphore(32), [], server.port
 
     async def client(index: int) -> None:
-        n, tokens, leave = chance.choice((1, 1, 1, 2, 4)), chance.randint(1, 60), index % 3 == 0
+        n, tokens, leave = chance.choice((1, 1, 1, 2, 4)), chance.randint(1, options.tokens), index % 3 == 0
         body = {
             "prompt": chance.choice(PROMPTS),
             "max_tokens": tokens,
@@ -196,6 +196,7 @@ async def soak(options: argparse.Namespace, directory: Path) -> tuple[dict[str, 
         finished = whole.count(b'"finish_reason":"length"')
         seen["whole" if finished == n else "lost" if finished < n else "doubled"] += 1
 
+    before_the_server()
     await asyncio.gather(*(client(index) for index in range(options.requests)))
     for _ in range(100):
         state = await metrics(port)
@@ -256,8 +257,7 @@ async def overload(options: argparse.Namespace, directory: Path) -> tuple[dict[s
             due += chance.expovariate(rate)
         return await asyncio.gather(*tasks)
 
-    if os.sched_getscheduler(0) == os.SCHED_FIFO:  # a measuring run: the client before the server, or it comes late
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(os.sched_getparam(0).sched_priority + 1))
+    before_the_server()
     await closed(3)
     capacity = await closed(options.seconds)
     rate = len(capacity) / options.seconds
@@ -277,6 +277,12 @@ async def overload(options: argparse.Namespace, directory: Path) -> tuple[dict[s
         "exit": server.stop(),
     }
     return told, told["p95_ratio"] <= 1.3 and told["refused_p50_p95_p99_ms"][1] <= 50 and not told["other"]
+
+
+def before_the_server() -> None:
+    """In a run at real-time priority: the client comes first, or its requests come late."""
+    if os.sched_getscheduler(0) == os.SCHED_FIFO:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(os.sched_getparam(0).sched_priority + 1))
 
 
 def p(values: list[float], percent: int) -> float:
@@ -366,7 +372,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="of each part of overload")
     parser.add_argument("--places", type=int, default=64, help="of overload: texts at once, the server's default")
     parser.add_argument("--queue", type=int, help="of overload: default, the server's own")
-    parser.add_argument("--tokens", type=int, default=64, help="of each text of overload")
+    parser.add_argument("--tokens", type=int, default=64, help="of each text of overload, at most of soak")
     parser.add_argument("--seed", type=int, default=0, help="of fuzz")
     parser.add_argument("--short", action="store_true", help="a run too short to judge memory by")
     parser.add_argument("--target")
