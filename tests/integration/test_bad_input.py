@@ -50,7 +50,7 @@ def truncate(directory):
         ("--top-p", "1.5", "at most 1"),
         ("--top-p", "0", "more than 0"),
         ("--min-p", "2", "at most 1"),
-        ("--top-k", "-3", "0 or more"),
+        ("--top-k", "-3", "0 to"),
         ("--max-tokens", "0", "1 or more"),
         ("--seed", "-1", "0 to"),
         ("--seed", str(2**63), "0 to"),
