@@ -162,7 +162,7 @@ def evaluate(run: Run, options: argparse.Namespace, target: Target, export: Path
     drafter = load_drafter(export, target)
     results = {}
     for domain, prompts in prompts_of(options).items():
-        core = build_engine(target, drafter, max_running=16, prefix_caching=False, compile=False, seed=run.seed)
+        core = build_engine(target, drafter, "full", max_running=16, prefix_caching=False, compile=False, seed=run.seed)
         core.runner.clock = time.thread_time  # one thread: what it costs, however busy the machine is
         measured = measure(core, prompts, SamplingParams(max_tokens=options.new_tokens, ignore_eos=True))
         times = {"target": core.timings.target, "drafter": core.timings.drafter, "total": core.timings.total}

@@ -53,7 +53,7 @@ def main() -> None:
     params = SamplingParams(temperature=1.0, max_tokens=options.tokens, ignore_eos=True)
 
     def texts(drafter: object, seed: int) -> tuple[list, list]:
-        llm = LLM(target, drafter=drafter, compile=False)
+        llm = LLM(target, drafter, "full", compile=False)
         prompts = prompts_of(demo_target_path(), options.prompts, seed=seed)
         return prompts, llm.generate(prompts, params)
 

@@ -49,7 +49,9 @@ def test_demo_of_a_file(run, tiny_pair, tmp_path):
 
 
 def test_generate_without_a_target_takes_the_embedded_pair(run):
-    out, err = run("generate", "--prompt", "def add(a, b):", "--max-tokens", 12, "--temperature", 0)
+    out, err = run(
+        "generate", "--planner", "full", "--prompt", "def add(a, b):", "--max-tokens", 12, "--temperature", 0
+    )
     assert out.strip() and "12 tokens in" in err and "drafts accepted" in err
 
 

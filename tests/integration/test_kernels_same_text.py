@@ -15,7 +15,7 @@ COUNT = 16
 
 @pytest.fixture(scope="module")
 def engines():
-    cores = [build_engine(demo_target_path(), drafter) for drafter in (None, demo_drafter_path())]
+    cores = [build_engine(demo_target_path(), drafter, "full") for drafter in (None, demo_drafter_path())]
     for core in cores:
         assert core.graphs and all(graph.native for graph in core.graphs)
     return cores

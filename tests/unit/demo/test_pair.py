@@ -22,7 +22,7 @@ def test_it_writes_the_same_text_with_and_without_its_drafter(seed):
     params = SamplingParams(max_tokens=24, temperature=0 if seed is None else 1, seed=seed)
     texts = []
     for drafter in ("none", demo_drafter_path()):
-        llm = LLM(demo_target_path(), drafter, compile=False)
+        llm = LLM(demo_target_path(), drafter, "full", compile=False)
         results = [llm.generate(prompt, params)[0] for prompt in PROMPTS]
         texts.append([result.token_ids for result in results])
         drafted = sum(result.statistics.accepted for result in results)

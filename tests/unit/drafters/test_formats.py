@@ -111,7 +111,7 @@ def test_there_and_back_through_zlab(tmp_path, kind, model):
 
 def tau(directory, target):
     drafter = load_drafter(directory, target)
-    core = build_engine(target, drafter, max_running=4, prefix_caching=False, compile=False, seed=0)
+    core = build_engine(target, drafter, "full", max_running=4, prefix_caching=False, compile=False, seed=0)
     texts = ["import os\n\ndef ", "class Stack:\n    def __init__(self", "if __name__ == ", "def add(a, b):\n"]
     measured = measure(core, texts, SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
     return acceptance(measured.statistics)["tau"]
