@@ -45,7 +45,8 @@ def build(given: dict[str, str]) -> Application:
         from dspark.engine.build import build_engine
         from dspark.engine.engine import Engine
         from dspark.server.api import create_app
-        from dspark.server.service import ServerConfig
+        from dspark.server.service import ServerConfig, package_version
+        from dspark.server.tracing import open_tracing
 
         embedded = settings.target is None
         core = build_engine(
@@ -54,7 +55,9 @@ def build(given: dict[str, str]) -> Application:
             settings.planner,
             max_running=settings.running,
         )
-        app = create_app(Engine(core), ServerConfig(name=settings.name, queue=settings.queue))
+        tracing = open_tracing(None, settings.name, package_version())  # where OTEL_EXPORTER_OTLP_ENDPOINT says so
+        config = ServerConfig(name=settings.name, queue=settings.queue)
+        app = create_app(Engine(core), config, tracing=tracing)
         made["service"] = app.state.service
         return app
 

@@ -56,11 +56,11 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    core, config: ServerConfig, *, grace: int = 5, key: str = "none", results=None, **options
+    core, config: ServerConfig, *, grace: int = 5, key: str = "none", results=None, tracing=None, **options
 ) -> Iterator[Served]:
     """The core behind a server; both end with the context, and nothing may be left in the core."""
     with closing_engine(core) as engine:
-        app = create_app(engine, config, results)
+        app = create_app(engine, config, results, tracing=tracing)
         server, bound = make_server(app, grace=grace, **options), bind("127.0.0.1", 0)
         url = address(bound)
         thread = threading.Thread(target=server.run, args=([bound],))

@@ -61,6 +61,10 @@ def serve(
         ),
     ] = None,
     idempotency_seconds: Annotated[float, typer.Option(min=1, help="How long they are kept.")] = 86400.0,
+    trace_url: Annotated[
+        str | None,
+        typer.Option(help="Send traces to the OTLP collector here; also $OTEL_EXPORTER_OTLP_ENDPOINT. Default none."),
+    ] = None,
     log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "info",
     log_format: Annotated[str, typer.Option(help="text or json, a line for each request.")] = "text",
     log_prompts: Annotated[bool, typer.Option(help="Let the log have the prompts.")] = False,
@@ -73,7 +77,8 @@ def serve(
     from dspark.server.launch import BACKLOG, address, bind
     from dspark.server.logs import configure
     from dspark.server.results import MEMORY, open_results, usual_file
-    from dspark.server.service import ServerConfig
+    from dspark.server.service import ServerConfig, package_version
+    from dspark.server.tracing import open_tracing
 
     configure(log_level, log_format)
     config = ServerConfig(
@@ -90,6 +95,7 @@ def serve(
         origins=tuple(cors_origin or ()),
         playground=playground,
     )
+    tracing = open_tracing(trace_url, config.name, package_version())
     usual = usual_file(config.name, port) if port else MEMORY  # a free port is no place to be found again
     results = open_results(idempotency, usual, seconds=idempotency_seconds)
     bound = bind(host, port)  # before the model is loaded: a taken port is known at once
@@ -119,11 +125,12 @@ def serve(
     from dspark.server.launch import make_server, run
 
     bound.listen(BACKLOG)  # whoever reads the address may connect: the first requests wait for the loop
-    print(resolved(core, config, planner, address(bound)), flush=True)
+    traces = "none" if tracing is None else trace_url or "as the environment says"
+    print(resolved(core, config, planner, address(bound), traces=traces), flush=True)
     if not config.keys and host not in LOCAL:
         print("warning: no API key is set, so whoever reaches this address may use it", file=sys.stderr, flush=True)
     engine = Engine(core)
-    run(make_server(create_app(engine, config, results), grace=grace), bound)
+    run(make_server(create_app(engine, config, results, tracing=tracing), grace=grace), bound)
     engine.close(seconds=grace)
     sys.stdout.flush()
     os._exit(0)  # a forward being compiled in the background is not waited for
@@ -136,7 +143,7 @@ def served_name(target: str | None) -> str:
     return Path(target).resolve().name if Path(target).is_dir() else target
 
 
-def resolved(core: EngineCore, config: ServerConfig, planner: str, url: str) -> str:
+def resolved(core: EngineCore, config: ServerConfig, planner: str, url: str, *, traces: str) -> str:
     """What was made of the arguments, a line each."""
     from dspark.common.provenance import device_name
 
@@ -156,6 +163,7 @@ def resolved(core: EngineCore, config: ServerConfig, planner: str, url: str) -> 
         "texts": f"{core.config.max_running} at once, {config.queue} more may wait",
         "compiled": forwards,
         "keys": str(len(config.keys)) if config.keys else "none needed",
+        "traces": traces,
         "page": f"{url}/" if config.playground else "none",
         "address": f"{url}/v1",
     }

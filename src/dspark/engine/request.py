@@ -50,6 +50,8 @@ class Commit:
     statistics: RequestStatistics
     trace: list[TokenTrace] | None = None  # of `token_ids`, if the request asked
     error: str | None = None  # why this request alone failed, where the reason to finish is "error"
+    drafted: int = 0  # tokens proposed for this round
+    verified: int = 0  # of those, checked
 
 
 @dataclass

@@ -255,8 +255,8 @@ class EngineCore:
             plan, accepted = verdict.plan[index], verdict.accepted_R[index]
             kept, texts = request.commit(verdict.tokens[index])
             request.rounds += 1
+            drafted = draft.length_R[index] if draft is not None else 0
             if request.decoding:
-                drafted = draft.length_R[index] if draft is not None else 0
                 request.statistics.observe(drafted=drafted, verified=plan, accepted=accepted, committed=len(kept))
             request.decoding = True
             cached = request.cached + schedule.rows[index] + accepted
@@ -273,6 +273,8 @@ class EngineCore:
                     request.statistics,
                     trace_of(kept, texts, draft=draft, verdict=verdict, row=index) if traced else None,
                     request.trouble,
+                    drafted,
+                    plan,
                 )
             )
             if request.finish_reason:

@@ -38,13 +38,20 @@ from dspark.server.service import ServerConfig, Service, package_version
 from dspark.server.stream import EventStream, while_listening
 from dspark.server.tool_calls import CallFormat
 from dspark.server.tools import NamedTool, forcing, format_of
+from dspark.server.tracing import Traced, Tracing
 
 Job = tuple[list[int], SamplingParams]
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # beside JSON
 STATUS: dict[int | str, dict[str, Any]] = {503: {"description": "`status` says what is wrong"}}
 
 
-def create_app(engine: Engine, config: ServerConfig | None = None, results: Results | None = None) -> FastAPI:
+def create_app(
+    engine: Engine,
+    config: ServerConfig | None = None,
+    results: Results | None = None,
+    *,
+    tracing: Tracing | None = None,
+) -> FastAPI:
     """The application over `engine`; its Service is `app.state.service`. `results` keeps answers by Idempotency-Key."""
     service = Service(engine, config or ServerConfig())
 
@@ -55,6 +62,8 @@ def create_app(engine: Engine, config: ServerConfig | None = None, results: Resu
         watching.cancel()
         if results is not None:
             await results.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     pages: dict[str, Any] = {"docs_url": None, "redoc_url": None}  # they need a CDN
     app = FastAPI(title="dspark", version=package_version(), lifespan=lifespan, responses=RESPONSES, **pages)
@@ -79,6 +88,8 @@ def create_app(engine: Engine, config: ServerConfig | None = None, results: Resu
         origins, headers = list(service.config.origins), ["authorization", "content-type"]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=headers)
     app.add_middleware(Counted, metrics=service.metrics)
+    if tracing is not None:
+        app.add_middleware(Traced, tracing=tracing)
     app.add_middleware(Calls)  # the last one added sees a request first
     return app
 

@@ -15,6 +15,7 @@ from dspark.engine.request import Commit, RequestStatistics
 
 if TYPE_CHECKING:
     from dspark.server.rates import Account
+    from dspark.server.tracing import Rounds
 
 LOG = logging.getLogger("dspark.requests")
 QUIET = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds: only the debug log has them
@@ -41,19 +42,23 @@ class Call:
     completion_tokens: int = 0
     first_token: float | None = None  # s after arrival
     finished: list[RequestStatistics] = field(default_factory=list)  # of its texts
+    trace_id: str | None = None
+    rounds: Rounds | None = None  # where it is traced
 
     @property
     def age(self) -> float:
         """Seconds since it arrived."""
         return time.perf_counter() - self.arrived
 
-    def take(self, commit: Commit) -> None:
+    def take(self, choice: int, commit: Commit) -> None:
         """A commit of one of its texts."""
         self.completion_tokens += len(commit.token_ids)
         if self.first_token is None:
             self.first_token = self.age
         if commit.finish_reason:
             self.finished.append(commit.statistics)
+        if self.rounds is not None:
+            self.rounds.take(choice, commit)
 
     @property
     def line(self) -> dict[str, Any]:
@@ -71,6 +76,7 @@ class Call:
         told["ttft_s"] = round(self.first_token, 4) if self.first_token is not None else None
         told["total_s"] = round(self.age, 4)
         told["replayed"] = self.replayed or None
+        told["trace_id"] = self.trace_id
         told["prompts"] = self.prompts
         return {name: value for name, value in told.items() if value is not None}
 

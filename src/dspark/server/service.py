@@ -133,7 +133,7 @@ class Service:
                 async with aclosing(self.engine.streams(jobs, seconds=seconds)) as commits:
                     async for place, commit in commits:
                         watches[place].take(commit)
-                        call.take(commit)
+                        call.take(place, commit)
                         usage.completion += len(commit.token_ids)
                         if place in fresh:
                             fresh.discard(place)
