@@ -1,6 +1,6 @@
 """Matrix product with weights packed for the CPU kernel; the plain twin is torch's own linear.
 
-N outputs, K inputs. Packed weights lie as [N/16, K/step, 16, step] with step 2 for bfloat16 and 1 for float32.
+N outputs, K inputs.
 """
 
 from __future__ import annotations
@@ -10,19 +10,13 @@ from torch import Tensor, nn
 
 from dspark.ops.cpu import load_kernels
 
-LANES = 16
-STEP = {torch.float32: 1, torch.bfloat16: 2}
+STEP = {torch.float32: 1, torch.bfloat16: 2}  # inputs that a kernel takes at once
 
 
 def pack(weight_NK: Tensor) -> Tensor:
-    """The kernel's layout of a weight matrix; rows are padded with zeros to a multiple of 16."""
-    n, k = weight_NK.shape
-    step = STEP[weight_NK.dtype]
-    assert k % step == 0, f"{k} inputs do not divide by {step}"
-    padding = -n % LANES
-    if padding:
-        weight_NK = torch.cat([weight_NK, weight_NK.new_zeros(padding, k)])
-    return weight_NK.view(-1, LANES, k // step, step).permute(0, 2, 1, 3).contiguous()
+    """The kernels' layout of a weight matrix, [N/16, values of a tile] in its dtype: bits for them alone (packed.h)."""
+    load_kernels()
+    return torch.ops.dspark.pack(weight_NK)
 
 
 def packable(weight_NK: Tensor) -> bool:

@@ -103,16 +103,6 @@ inline int64_t draw_from(const float* weight, int64_t count, double total, doubl
   return last;
 }
 
-// Adds W2 times `count` embeddings to wide[count][stride], for vocabulary tiles [first, last); W2 lies as every linear's
-// weights. A row's sums do not depend on how many rows share the pass.
-template <typename Scalar>
-void add_bias(const Scalar* embedding, const Scalar* packed, int64_t count, int64_t rank, int64_t first, int64_t last,
-              float* wide, int64_t stride) {
-  multiply(embedding, count, rank, packed, first, last, [=](int64_t r, int64_t v, Vec sums) {
-    put(wide + r * stride + v, load(wide + r * stride + v) + sums);
-  });
-}
-
 // One request's block, every slot among its `top` candidates.
 template <typename Scalar>
 void chain_of(const Scalar* base, const Scalar* w1, const Scalar* w2, int64_t anchor, int64_t K, int64_t V, int64_t rank, int64_t top,
@@ -186,7 +176,8 @@ struct WholeChain {
     std::vector<Scalar> embedding(R * rank);
     for (int64_t k = 0; k < K; ++k) {
       for (int64_t r = 0; r < R; ++r) std::copy_n(w1 + previous[r] * rank, rank, embedding.begin() + r * rank);
-      for (int64_t part = parts.begin; part < parts.end; ++part) score(part, k, embedding.data());
+      const Operand<Scalar> operand(embedding.data(), R, rank);
+      for (int64_t part = parts.begin; part < parts.end; ++part) score(part, k, operand);
       team.meet();
       for (int64_t r = 0; r < R; ++r)
         if (temperature[r] > 0)
@@ -203,9 +194,9 @@ struct WholeChain {
     }
   }
 
-  void score(int64_t part, int64_t k, const Scalar* embedding) {
+  void score(int64_t part, int64_t k, const Operand<Scalar>& embedding) {
     const int64_t begin = start_of(part), end = start_of(part + 1);
-    multiply(embedding, R, rank, packed, tile_of(part), tile_of(part + 1), [&](int64_t r, int64_t v, Vec sums) {
+    multiply(embedding, packed, tile_of(part), tile_of(part + 1), [&](int64_t r, int64_t v, Vec sums) {
       const Scalar* from = base + (r * K + k) * V + v;
       float* to = &logit[r * stride + v];
       if (v + LANES <= V) return put(to, wide(from) + sums);

@@ -114,7 +114,7 @@ class Decoder {
     if (in.T > FEW) team.meet();
     if (hidden && id == 0) std::copy_n(own, B * s.D, hidden);
     const Share tiles((s.V + LANES - 1) / LANES, id, team.size);
-    multiply(own, B, s.D, w.head, tiles.begin, tiles.end, [&](int64_t b, int64_t n, Vec sums) {
+    multiply(Operand<Scalar>(own, B, s.D), w.head, tiles.begin, tiles.end, [&](int64_t b, int64_t n, Vec sums) {
       put(logits + b * s.V + n, sums, s.V - n);
     });
   }
@@ -165,11 +165,12 @@ class Decoder {
     const Part weight[3] = {Q, K, V}, bias[3] = {Q_BIAS, K_BIAS, V_BIAS};
     Scalar* out[3] = {q, k, v};
     const Share mine(tiles[0] + tiles[1] + tiles[2], id, team.size);
+    const Operand<Scalar> operand(rows, in.T, s.D);
     for (int64_t i = 0, offset = 0; i < 3; offset += tiles[i++]) {
       const int64_t begin = std::clamp<int64_t>(mine.begin - offset, 0, tiles[i]);
       const int64_t end = std::clamp<int64_t>(mine.end - offset, 0, tiles[i]), width = tiles[i] * LANES;
       const float* b = w.template of<float>(layer, bias[i]);
-      multiply(rows, in.T, s.D, w.of(layer, weight[i]), begin, end, [&](int64_t t, int64_t n, Vec sums) {
+      multiply(operand, w.of(layer, weight[i]), begin, end, [&](int64_t t, int64_t n, Vec sums) {
         put(out[i] + t * width + n, b ? sums + load(b + n) : sums);
       });
     }
@@ -204,7 +205,7 @@ class Decoder {
   // x += rows times weight.
   void add(int64_t id, const Scalar* rows, int64_t inner, const Scalar* weight, const float* bias) {
     const Share tiles(s.D / LANES, id, team.size);
-    multiply(rows, in.T, inner, weight, tiles.begin, tiles.end, [&](int64_t t, int64_t n, Vec sums) {
+    multiply(Operand<Scalar>(rows, in.T, inner), weight, tiles.begin, tiles.end, [&](int64_t t, int64_t n, Vec sums) {
       Scalar* to = x + t * s.D + n;
       put(to, wide(to) + rounded(to, bias ? sums + load(bias + n) : sums));
     });
@@ -212,9 +213,10 @@ class Decoder {
 
   void gate(int64_t id, int64_t layer, const Scalar* rows) {
     const Share tiles(s.I / LANES, id, team.size);
-    multiply(rows, in.T, s.D, w.of(layer, GATE), tiles.begin, tiles.end,
+    const Operand<Scalar> operand(rows, in.T, s.D);
+    multiply(operand, w.of(layer, GATE), tiles.begin, tiles.end,
              [&](int64_t t, int64_t n, Vec sums) { put(act + t * s.I + n, sums); });
-    multiply(rows, in.T, s.D, w.of(layer, UP), tiles.begin, tiles.end, [&](int64_t t, int64_t n, Vec sums) {
+    multiply(operand, w.of(layer, UP), tiles.begin, tiles.end, [&](int64_t t, int64_t n, Vec sums) {
       Scalar* to = act + t * s.I + n;
       put(to, rounded(to, silu(wide(to))) * rounded(to, sums));
     });

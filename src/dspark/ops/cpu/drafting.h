@@ -20,18 +20,19 @@ class Context {
   // Every thread calls this with its number.
   void run(int64_t id) {
     const Share outputs(s.D / LANES, id, team.size);
-    multiply(taps, in.T, width, fc, outputs.begin, outputs.end,
+    multiply(Operand<Scalar>(taps, in.T, width), fc, outputs.begin, outputs.end,
              [&](int64_t t, int64_t n, Vec sums) { put(projected + t * s.D + n, sums); });
     team.meet();
     Scalar* rows = normed + id * in.T * s.D;
     for (int64_t t = 0; t < in.T; ++t) rms_norm(projected + t * s.D, w.norm, rows + t * s.D, s.D, s.eps);
     const int64_t tiles = s.G * s.d / LANES;
     const Share mine(2 * s.layers * tiles, id, team.size);
+    const Operand<Scalar> operand(rows, in.T, s.D);
     for (int64_t i = 0; i < 2 * s.layers; ++i) {  // keys of layer 0, values of layer 0, keys of layer 1, ...
       const int64_t begin = std::clamp<int64_t>(mine.begin - i * tiles, 0, tiles);
       const int64_t end = std::clamp<int64_t>(mine.end - i * tiles, 0, tiles);
       const float* bias = w.template of<float>(i / 2, i % 2 ? V_BIAS : K_BIAS);
-      multiply(rows, in.T, s.D, w.of(i / 2, i % 2 ? V : K), begin, end, [&](int64_t t, int64_t n, Vec sums) {
+      multiply(operand, w.of(i / 2, i % 2 ? V : K), begin, end, [&](int64_t t, int64_t n, Vec sums) {
         put(pairs + (t * 2 * s.layers + i) * tiles * LANES + n, bias ? sums + load(bias + n) : sums);
       });
     }

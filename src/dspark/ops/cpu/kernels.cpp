@@ -17,6 +17,7 @@
 #include "verdict.h"
 
 TORCH_LIBRARY_FRAGMENT(dspark, library) {
+  library.def("pack(Tensor weight) -> Tensor");
   library.def("linear(Tensor x, Tensor w, Tensor? b, int n) -> Tensor");
   library.def("linear2(Tensor x, Tensor w0, Tensor? b0, int n0, Tensor w1, Tensor? b1, int n1) -> (Tensor, Tensor)");
   library.def(
@@ -52,6 +53,7 @@ TORCH_LIBRARY_FRAGMENT(dspark, library) {
 TORCH_LIBRARY_IMPL(dspark, CompositeExplicitAutograd, library) { library.impl("uniforms", uniforms); }
 
 TORCH_LIBRARY_IMPL(dspark, CPU, library) {
+  library.impl("pack", pack);
   library.impl("linear", linear);
   library.impl("linear2", linear2);
   library.impl("linear3", linear3);

@@ -1,4 +1,4 @@
-// Matrix products at the speed of memory: weights lie as [N/16][K/STEP][16][STEP], one stream per tile of 16 outputs.
+// Matrix products at the speed of memory, over packed weights.
 //
 // Each output has one accumulator that runs over the inner dimension in order, so its bits depend on no neighbour.
 #pragma once
@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "packed.h"
 #include "team.h"
 #include "vectors.h"
 
@@ -16,101 +17,99 @@ namespace {
 constexpr int64_t PREFETCH = 4096;  // bytes ahead: keeps memory busy while 8 rows compute
 constexpr int64_t STEP_TILES = 3;   // tiles of a pass: with 8 rows as many accumulators as there are registers
 
-template <typename Scalar>
-struct Packed;
-
-template <>
-struct Packed<float> {
-  static constexpr int64_t STEP = 1;
-  static inline void multiply(Vec& acc, Vec weight, const float* x) { acc += weight * x[0]; }
-  static inline Vec weights(const float* p) { return load(p); }
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct Packed<at::BFloat16> {
-  static constexpr int64_t STEP = 2;
-  static inline __m512i weights(const at::BFloat16* p) { return _mm512_loadu_si512(p); }
-  static inline void multiply(Vec& acc, __m512i weight, const at::BFloat16* x) {
-    int32_t pair;
-    std::memcpy(&pair, x, 4);
-    acc = (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)weight, (__m512bh)_mm512_set1_epi32(pair));
-  }
-};
-#else
-template <>
-struct Packed<at::BFloat16> {
-  static constexpr int64_t STEP = 2;
-  static inline Bits weights(const at::BFloat16* p) { Bits v; std::memcpy(&v, p, sizeof v); return v; }
-  static inline void multiply(Vec& acc, Bits weight, const at::BFloat16* x) {
-    acc += (Vec)(weight << 16) * widen(x[0]);
-    acc += (Vec)(weight & 0xffff0000u) * widen(x[1]);
-  }
-};
-#endif
-
-// out[M][TILES][16]: rows x[M][K] times the TILES tiles of outputs that begin with `first`.
+// sums[M][TILES][16]: rows x[M][K] times the TILES tiles of outputs that begin with `weight`.
 template <typename Scalar, int M, int TILES>
-void product(const Scalar* x, const Scalar* weight, int64_t K, int64_t first, float* out) {
-  using P = Packed<Scalar>;
-  const int64_t tile = K * LANES;
-  Vec acc[M][TILES];
-  for (int m = 0; m < M; ++m)
-    for (int t = 0; t < TILES; ++t) acc[m][t] = Vec{};
-  const Scalar* w = weight + first * tile;
-  const Scalar* ahead = w + PREFETCH / sizeof(Scalar);
+void product(const Scalar* x, const Scalar* weight, int64_t K, float* sums) {
+  using P = Kind<Scalar>;
+  const int64_t tile = P::tile(K);
+  const Scalar* ahead = weight + PREFETCH / sizeof(Scalar);
   const int64_t turn = K - PREFETCH / int64_t(LANES * sizeof(Scalar));  // from here on, the start of the next tiles
-  for (int64_t k = 0; k < K; k += P::STEP) {
-    decltype(P::weights(w)) lanes[TILES];
-    if (k == turn) ahead += (TILES - 1) * tile;
+  std::fill_n(sums, M * TILES * LANES, 0.0f);
+  for (int64_t begin = 0; begin < K; begin += P::CHAIN) {
+    typename P::Sums acc[M][TILES] = {};
+    for (int64_t k = begin; k < std::min(K, begin + P::CHAIN); k += P::STEP) {
+      decltype(P::weights(weight)) lanes[TILES];
+      if (k == turn) ahead += (TILES - 1) * tile;
 #pragma GCC unroll 8
-    for (int t = 0; t < TILES; ++t) {
-      lanes[t] = P::weights(w + t * tile + k * LANES);
-      __builtin_prefetch(ahead + t * tile + k * LANES);
+      for (int t = 0; t < TILES; ++t) {
+        lanes[t] = P::weights(weight + t * tile + k * LANES);
+        __builtin_prefetch(ahead + t * tile + k * LANES);
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int t = 0; t < TILES; ++t) P::multiply(acc[m][t], lanes[t], x + m * K + k);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-      for (int t = 0; t < TILES; ++t) P::multiply(acc[m][t], lanes[t], x + m * K + k);
+      for (int t = 0; t < TILES; ++t) {
+        float* to = sums + (m * TILES + t) * LANES;
+        put(to, load(to) + P::total(acc[m][t]));
+      }
   }
-  for (int m = 0; m < M; ++m)
-    for (int t = 0; t < TILES; ++t) put(out + (m * TILES + t) * LANES, acc[m][t]);
 }
 
 template <typename Scalar, int TILES>
-void rows(int64_t M, const Scalar* x, const Scalar* w, int64_t K, int64_t first, float* out) {
+void rows(int64_t M, const Scalar* x, const Scalar* w, int64_t K, float* sums) {
   switch (M) {
-    case 1: return product<Scalar, 1, TILES>(x, w, K, first, out);
-    case 2: return product<Scalar, 2, TILES>(x, w, K, first, out);
-    case 3: return product<Scalar, 3, TILES>(x, w, K, first, out);
-    case 4: return product<Scalar, 4, TILES>(x, w, K, first, out);
-    case 5: return product<Scalar, 5, TILES>(x, w, K, first, out);
-    case 6: return product<Scalar, 6, TILES>(x, w, K, first, out);
-    case 7: return product<Scalar, 7, TILES>(x, w, K, first, out);
-    default: return product<Scalar, 8, TILES>(x, w, K, first, out);
+    case 1: return product<Scalar, 1, TILES>(x, w, K, sums);
+    case 2: return product<Scalar, 2, TILES>(x, w, K, sums);
+    case 3: return product<Scalar, 3, TILES>(x, w, K, sums);
+    case 4: return product<Scalar, 4, TILES>(x, w, K, sums);
+    case 5: return product<Scalar, 5, TILES>(x, w, K, sums);
+    case 6: return product<Scalar, 6, TILES>(x, w, K, sums);
+    case 7: return product<Scalar, 7, TILES>(x, w, K, sums);
+    default: return product<Scalar, 8, TILES>(x, w, K, sums);
   }
 }
 
-// Tiles [begin, end) of x[T][K] times w; `finish(t, n, sums)` takes the 16 outputs of row t that begin with n.
+// Tiles [begin, end) of the rows x times w; `finish(t, n, sums)` takes the 16 outputs of row t that begin with n.
 template <typename Scalar, typename Finish>
-void multiply(const Scalar* x, int64_t T, int64_t K, const Scalar* w, int64_t begin, int64_t end, const Finish& finish) {
+void multiply(const Operand<Scalar>& x, const Scalar* w, int64_t begin, int64_t end, const Finish& finish) {
+  using P = Kind<Scalar>;
   alignas(64) float sums[ROWS * STEP_TILES * LANES];
+  const int64_t K = x.K;
   for (int64_t tile = begin; tile < end;) {
-    const int64_t left = end - tile, step = T == 1 && left >= 6 ? 6 : left == 4 ? 2 : std::min(STEP_TILES, left);
-    for (int64_t t = 0; t < T; t += ROWS) {
-      const int64_t M = std::min(ROWS, T - t);
-      if (step == 6) product<Scalar, 1, 6>(x, w, K, tile, sums);
-      else if (step == 3) rows<Scalar, 3>(M, x + t * K, w, K, tile, sums);
-      else if (step == 2) rows<Scalar, 2>(M, x + t * K, w, K, tile, sums);
-      else rows<Scalar, 1>(M, x + t * K, w, K, tile, sums);
+    const int64_t left = end - tile, step = x.T == 1 && left >= 6 ? 6 : left == 4 ? 2 : std::min(STEP_TILES, left);
+    const Scalar* weight = w + tile * P::tile(K);
+    for (int64_t t = 0; t < x.T; t += ROWS) {
+      const int64_t M = std::min(ROWS, x.T - t);
+      if (step == 6) product<Scalar, 1, 6>(x.row(t), weight, K, sums);
+      else if (step == 3) rows<Scalar, 3>(M, x.row(t), weight, K, sums);
+      else if (step == 2) rows<Scalar, 2>(M, x.row(t), weight, K, sums);
+      else rows<Scalar, 1>(M, x.row(t), weight, K, sums);
       for (int64_t m = 0; m < M; ++m)
-        for (int64_t s = 0; s < step; ++s) finish(t + m, (tile + s) * LANES, load(sums + (m * step + s) * LANES));
+        for (int64_t s = 0; s < step; ++s)
+          finish(t + m, (tile + s) * LANES,
+                 P::scaled(load(sums + (m * step + s) * LANES), weight + s * P::tile(K) + K * LANES, x.scale(t + m)));
     }
     tile += step;
   }
 }
 
 // ---- as tensor functions -------------------------------------------------------------------------------------------
+
+// The kernels' layout of weight[N][K]: [N/16][values of a tile].
+Tensor pack(const Tensor& weight) {
+  const int64_t N = weight.size(0), K = weight.size(1), tiles = (N + LANES - 1) / LANES;
+  const Tensor rows = weight.contiguous();
+  Tensor packed;
+  auto fill = [&]<typename Scalar>(Scalar) {
+    using P = Kind<Scalar>;
+    TORCH_CHECK(K % P::STEP == 0, K, " inputs do not divide by ", P::STEP);
+    packed = at::empty({tiles, P::tile(K)}, weight.options());
+    const Scalar* from = rows.const_data_ptr<Scalar>();
+    Scalar* to = packed.data_ptr<Scalar>();
+    at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        P::fill(from + i * LANES * K, std::min(LANES, N - i * LANES), K, to + i * P::tile(K));
+    });
+  };
+  if (weight.scalar_type() == at::kFloat) fill(float{});
+  else fill(at::BFloat16{});
+  return packed;
+}
 
 struct Product {
   const void* weight;
@@ -129,6 +128,7 @@ void products_into(const Tensor& rows_x, std::vector<Product>& products, int64_t
 #pragma omp parallel num_threads(threads) if (threads > 1 && tiles > 1 && outputs * K >= 16384)
   {
     const Share mine(tiles, omp_get_thread_num(), omp_get_num_threads());
+    const Operand<Scalar> operand(x, T, K);
     int64_t offset = 0;
     for (Product& p : products) {
       const int64_t own = (p.n + LANES - 1) / LANES, n = p.n;
@@ -137,7 +137,7 @@ void products_into(const Tensor& rows_x, std::vector<Product>& products, int64_t
       offset += own;
       const float* b = p.bias.defined() ? p.bias.const_data_ptr<float>() : nullptr;
       Scalar* out = p.out.data_ptr<Scalar>();
-      multiply(x, T, K, static_cast<const Scalar*>(p.weight), begin, end, [=](int64_t t, int64_t first, Vec sums) {
+      multiply(operand, static_cast<const Scalar*>(p.weight), begin, end, [=](int64_t t, int64_t first, Vec sums) {
         const int64_t count = std::min(LANES, n - first);
         if (b)
           for (int64_t i = 0; i < count; ++i) sums[i] += b[first + i];
