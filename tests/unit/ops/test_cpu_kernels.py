@@ -49,6 +49,37 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours(dtype, threads):
         torch.set_num_threads(before)
 
 
+@needs_kernels
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 300.0, 1e30])
+@pytest.mark.parametrize("k", [30, 64, 1152])
+def test_bfloat16_products_are_as_good_as_the_rounding_of_their_result(scale, k):
+    """Weights and rows of any magnitude, outliers among them: the error is at most 1.3 times bfloat16's own."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, k) * torch.logspace(-4, 2, 64)[:, None]
+    x = torch.randn(200, k)
+    x[:, 3] *= 500  # one channel far above the others, as large models have
+    weight, x = weight.bfloat16(), (x * scale).bfloat16()
+    exact = x.double() @ weight.double().T
+    got, rounded = PackedLinear(weight)(x).double(), exact.bfloat16().double()
+    size = exact.square().mean(0).sqrt()  # of each output
+    error, floor = (((y - exact) / size).square().mean().sqrt() for y in (got, rounded))
+    assert error <= 1.3 * floor
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_stays_in_its_row_and_its_output(dtype):
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 64), torch.randn(9, 64)
+    x[2, 5], x[4, 6], x[6] = float("nan"), float("inf"), 0
+    weight[40, 1] = float("nan")
+    got = PackedLinear(weight.to(dtype))(x.to(dtype))
+    finite = torch.ones(9, 48, dtype=torch.bool)
+    finite[[2, 4]], finite[:, 40] = False, False
+    assert torch.equal(got.isfinite(), finite)
+    assert (got[6, :40] == 0).all()
+
+
 def case(dtype, lengths, contexts, *, heads=4, groups=2, key=24, value=20, page=4, seed=0):
     torch.manual_seed(seed)
     width = max(-(-(c + n) // page) for c, n in zip(contexts, lengths, strict=True)) + 1
