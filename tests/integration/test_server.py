@@ -5,7 +5,9 @@ import math
 
 import openai
 import pytest
+import torch
 from serving import serving, tiny_core
+from transformers import AutoModelForCausalLM
 
 from dspark.common.sampling_params import SamplingParams
 from dspark.engine.llm import LLM
@@ -119,6 +121,38 @@ def test_logprobs_are_the_targets(served, direct):
         assert one.bytes is None or bytes(one.bytes).decode() == one.token
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1, 5])
+def test_an_echoed_prompts_logprobs_are_the_forwards(served, tiny_pair, max_tokens):
+    """As evaluation harnesses ask: several prompts of tokens, `echo`, `logprobs`, and little or nothing more."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_pair.target).eval()
+    texts = [PROMPT, "x", "def metrics(one, two, three, four, five, six):" * 3]
+    prompts = [served.http.post("/tokenize", json={"prompt": text}).json()["tokens"] for text in texts]
+    asked = {"model": MODEL, "prompt": prompts, "temperature": 0, "max_tokens": max_tokens, "echo": True, "logprobs": 2}
+    whole = served.openai.completions.create(**asked)
+    assert whole.usage.completion_tokens <= 3 * max_tokens and whole.usage.prompt_tokens == sum(map(len, prompts))
+    for choice, text, tokens in zip(whole.choices, texts, prompts, strict=True):
+        told, count = choice.logprobs, len(tokens)
+        with torch.no_grad():
+            log_TV = torch.log_softmax(model(torch.tensor([tokens])).logits[0].float(), dim=-1)
+        want = [float(log_TV[at, token]) for at, token in enumerate(tokens[1:])]
+        assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
+        assert told.token_logprobs[1:count] == pytest.approx(want, abs=1e-4)
+        best = log_TV.max(dim=-1).values.tolist()
+        assert [max(top.values()) for top in told.top_logprobs[1:count]] == pytest.approx(best[:-1], abs=1e-4)
+        assert (
+            choice.text.startswith(text) and "".join(told.tokens[:count]) == text
+        )  # what follows may be half a letter
+        spans = zip(told.text_offset[:count], told.tokens, strict=False)
+        assert told.text_offset[0] == 0 and all(text[at:].startswith(one) for at, one in spans)
+        assert 0 <= len(told.tokens) - count <= max_tokens and (len(told.tokens) > count) == (max_tokens > 0)
+    pieces = [chunk.choices[0] for chunk in served.openai.completions.create(**asked, stream=True)]
+    for choice in whole.choices:
+        mine = [piece for piece in pieces if piece.index == choice.index]
+        assert "".join(piece.text for piece in mine) == choice.text
+        for name in ("tokens", "token_logprobs", "text_offset"):
+            assert [one for piece in mine for one in getattr(piece.logprobs, name)] == getattr(choice.logprobs, name)
+
+
 def test_chat_follows_the_template(served, direct):
     asked = {"model": MODEL, "messages": TALK, "max_completion_tokens": 12, "temperature": 0}
     whole = served.openai.chat.completions.create(**asked)
@@ -209,7 +243,8 @@ BAD = [
     ({"logit_bias": {"299999": 1}}, "vocabulary", 400),
     ({"logit_bias": {"3": 1e300}}, "logit_bias", 400),
     ({"stop": [""]}, "stop", 400),
-    ({"echo": True, "logprobs": 1}, "echo", 400),
+    ({"max_tokens": 0, "echo": True}, "pass echo and logprobs with it", 400),
+    ({"logprobs": 21, "echo": True}, "logprobs", 400),
     ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options", 400),
     ({"suffix": "x"}, "suffix is not known or not supported", 400),
     ({"dspark": {"priority": 0}}, "priority", 400),

@@ -22,7 +22,7 @@ class SamplingParams:
     (its text is then a function of seed and prompt, whatever the drafter and the load), else "rejection".
     """
 
-    max_tokens: int | None = 128  # None: up to the context limit
+    max_tokens: int | None = 128  # None: up to the context limit; 0, to read a prompt only, needs prompt_logprobs
     temperature: float = 1.0
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
@@ -37,6 +37,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None  # of the prompt's tokens but the first; the prompt is then always computed anew
     skip_special_tokens: bool = True  # of the text; a chat with tools needs to see them
     trace: bool = False  # tell of every token whether it was drafted, and how sure of it the drafter was
     grammar: Grammar | None = None  # what the text must look like; masks the logits before everything else here
@@ -46,7 +47,8 @@ class SamplingParams:
     min_tokens_per_second: float | None = None  # a speed that planners keep for this request, where they can
 
     def __post_init__(self) -> None:
-        _whole("max_tokens", self.max_tokens, 1, None, "or None for as many as the context holds", optional=True)
+        least = 1 if self.prompt_logprobs is None else 0
+        _whole("max_tokens", self.max_tokens, least, None, "or None for as many as the context holds", optional=True)
         _number("temperature", self.temperature, 0.0, math.inf, "pass 0 for the most likely token, 1 for the model's")
         _whole("top_k", self.top_k, 0, MAX_TOP_K, "pass 0 to keep every token")
         _number("top_p", self.top_p, 0.0, 1.0, "pass 1 to keep every token", open_low=True)
@@ -56,6 +58,7 @@ class SamplingParams:
         _number("frequency_penalty", self.frequency_penalty, -math.inf, math.inf, "pass 0 for none")
         _whole("seed", self.seed, 0, MAX_SEED, "or None for a fresh one", optional=True)
         _whole("logprobs", self.logprobs, 0, None, "or None for none", optional=True)
+        _whole("prompt_logprobs", self.prompt_logprobs, 0, None, "or None for none", optional=True)
         if self.speculation != "off":
             _whole("speculation", self.speculation, 0, None, '"off", or None to let the planner decide', optional=True)
         _number("priority", self.priority, 0.0, math.inf, "pass 1 for the same as others", open_low=True)

@@ -157,7 +157,7 @@ class Admission:
 
     def _find(self, request: Request) -> list[int]:
         """The cached pages a request can start with; its anchor is always computed."""
-        if not self.pool.remember:
+        if not self.pool.remember or request.scores is not None:  # a cached token has no logits
             return []
         extend_names(request.names, request.tokens, self.pool.page_size)
         return self.pool.find(request.names[: (len(request.tokens) - 1) // self.pool.page_size])

@@ -19,10 +19,14 @@ from dspark.models.batch import Ragged
 
 
 class Assembled(NamedTuple):
-    """A step's batch, and which of its rows need logits: every sampled request's anchor row and draft rows."""
+    """A step's batch, and which of its rows need logits: every sampled request's anchor row and draft rows.
+
+    The last `scored` of them are rows of prompts whose own tokens' log-probabilities are asked for.
+    """
 
     batch: Ragged
     rows_B: Tensor
+    scored: int
 
 
 def page_table(requests: Sequence[Request], tokens: int, page_size: int) -> np.ndarray:
@@ -46,11 +50,13 @@ def assemble(
     position: list[int] = []
     slot: list[int] = []
     wanted: list[int] = []
+    scored: list[int] = []
     first_draft: list[int] = []
     context: list[int] = []
     bounds, furthest = [0], 0
     for request, rows, drafts in parts:
         start, stop = request.cached, request.cached + rows + max(drafts, 0)
+        scored += [len(token) - start + position for position in request.unscored(rows)]
         token += request.tokens[start : start + rows]
         first_draft.append(len(token))
         token += [0] * max(drafts, 0)
@@ -62,6 +68,7 @@ def assemble(
         context.append(start)
         furthest = max(furthest, stop)
     T, R = len(token), len(parts)
+    wanted += scored
     wide = _to(np.array(token + position + slot + wanted, dtype=np.int64), device)
     narrow = _to(np.array(bounds + context, dtype=np.int32), device)
     if any(plan):
@@ -70,7 +77,7 @@ def assemble(
     table_RP = _to(page_table([request for request, _, _ in parts], furthest, page_size), device)
     token_T, position_T, slot_T, wanted_B = wide.split([T, T, T, len(wanted)])
     bounds_R1, context_R = narrow.split([R + 1, R])
-    return Assembled(Ragged(token_T, position_T, slot_T, table_RP, bounds_R1, context_R), wanted_B)
+    return Assembled(Ragged(token_T, position_T, slot_T, table_RP, bounds_R1, context_R), wanted_B, len(scored))
 
 
 def committed_rows(rows: Sequence[int], plan: Sequence[int], accepted: Sequence[int], total: int) -> list[int] | None:

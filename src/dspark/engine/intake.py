@@ -51,8 +51,9 @@ class Intake:
         """A request in its initial state."""
         tokens = self.tokenize(prompt)
         params.check_vocabulary(self.vocab_size)
-        if (params.logprobs or 0) > MAX_LOGPROBS:
-            raise UserError(f"logprobs {params.logprobs} is above {MAX_LOGPROBS}; ask for {MAX_LOGPROBS} or fewer")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (asked := getattr(params, name) or 0) > MAX_LOGPROBS:
+                raise UserError(f"{name} {asked} is above {MAX_LOGPROBS}; ask for {MAX_LOGPROBS} or fewer")
         if len(params.stop) > MAX_STOPS:
             raise UserError(f"{len(params.stop)} stop strings are too many; pass {MAX_STOPS} or fewer")
         if params.stop and self._decode is None:
@@ -70,6 +71,7 @@ class Intake:
             page_row=np.zeros(self.row_width, dtype=np.int32),
             detokenizer=self._detokenizer(tokens, params),
             matcher=self.grammars.matcher(params.grammar) if params.grammar is not None else None,
+            scores=None if params.prompt_logprobs is None else [],
             statistics=RequestStatistics(prompt_tokens=len(tokens)),
         )
 

@@ -32,6 +32,7 @@ class Result:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None  # of the prompt but its first token
     trace: list[TokenTrace] | None = None
     statistics: RequestStatistics = field(default_factory=RequestStatistics)
     error: str | None = None  # why this one failed, where the reason to finish is "error"
@@ -45,6 +46,8 @@ class Result:
         self.error = commit.error
         if commit.logprobs is not None:
             self.logprobs = [*(self.logprobs or []), *commit.logprobs]
+        if commit.prompt_logprobs is not None:
+            self.prompt_logprobs = commit.prompt_logprobs
         if commit.trace is not None:
             self.trace = [*(self.trace or []), *commit.trace]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dspark.drafters.base import Draft, GoingOn
 from dspark.engine.admission import Schedule
+from dspark.engine.assemble import Assembled
 from dspark.engine.rest import Rest, Share, prefill_rows
 from dspark.speculation.ledger import Ledger
 from dspark.speculation.live_cost import LiveCost
@@ -161,3 +162,17 @@ def records(schedule: Schedule, draft: Draft, verdict: Verdict) -> list[RoundRec
         for request, confidence_K, feature_KF, drafted, verified, accepted in zip(*columns, strict=True)
         if drafted
     ]
+
+
+def step_load(schedule: Schedule, draft: Draft | None, step: Assembled) -> dict[str, int]:
+    """What a step has to do, as a cost sees it."""
+    wanted = len(step.rows_B)
+    everyone = [*schedule.sampled, *(request for request, _ in schedule.partial)]
+    return {
+        "rows": wanted,
+        "requests": len(schedule.sampled),
+        "context": sum(request.cached for request in everyone),
+        "prefill": len(step.batch.token_T) - wanted,
+        "drafting": sum(limit > 0 for limit in schedule.limits) if draft is not None else 0,
+        "slots": draft.token_RK.shape[1] if draft is not None else 0,
+    }

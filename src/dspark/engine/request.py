@@ -52,6 +52,7 @@ class Commit:
     error: str | None = None  # why this request alone failed, where the reason to finish is "error"
     drafted: int = 0  # tokens proposed for this round
     verified: int = 0  # of those, checked
+    prompt_logprobs: list[TokenLogprob] | None = None  # of the prompt but its first token, with the first commit
 
 
 @dataclass
@@ -84,6 +85,7 @@ class Request:
     page_row: np.ndarray  # int32: the pages, then zeros
     detokenizer: Detokenizer | None = None
     matcher: Matcher | None = None  # of a request with a grammar: where its output stands in it
+    scores: list[TokenLogprob] | None = None  # of the prompt's tokens from the second on, until they are told
     pages: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`; outlives the pages
     published: int = 0
@@ -107,6 +109,12 @@ class Request:
     def output_length(self) -> int:
         """Committed tokens after the prompt: the position of the next one."""
         return len(self.tokens) - self.prompt_length
+
+    def unscored(self, rows: int) -> range:
+        """Positions among the next `rows` whose logits tell how likely the prompt's next token was, if it asked."""
+        if self.scores is None:
+            return range(0)
+        return range(max(self.cached, len(self.scores)), min(self.cached + rows, self.prompt_length - 1))
 
     def append_page(self, page: int) -> None:
         """Room for one page of tokens more."""
@@ -142,8 +150,8 @@ class Request:
         if count is not None:
             kept = kept[:count]
             self.finish_reason = "stop"
-        texts += [""] * (len(kept) - len(texts)) if self.params.trace else []
-        if self.finish_reason and count is None and self.detokenizer is not None:
+        texts = [*texts, *[""] * len(kept)][: len(kept)] if self.params.trace else texts
+        if texts and self.finish_reason and count is None and self.detokenizer is not None:
             texts[-1] += self.detokenizer.finish()
         self.tokens += kept
         now = time.perf_counter()

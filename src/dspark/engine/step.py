@@ -21,8 +21,8 @@ from dspark.engine.assemble import assemble, committed_rows, page_table
 from dspark.engine.config import WORTH_COMPILING, EngineConfig
 from dspark.engine.intake import Intake
 from dspark.engine.laws import Laws, padded
-from dspark.engine.logprobs import log_probabilities
-from dspark.engine.planning import Planning, records
+from dspark.engine.logprobs import log_probabilities, score_prompts
+from dspark.engine.planning import Planning, records, step_load
 from dspark.engine.prefix import PagePool
 from dspark.engine.request import Commit, Request
 from dspark.engine.runner import Runner, Timings
@@ -147,13 +147,16 @@ class EngineCore:
         plan = self.planning.plan(schedule, draft)
         batch = assemble(schedule, draft, plan, page_size=self.config.page_size, device=self.target.device)
         logits_BV, taps_TkD = self.runner.forward(batch)
+        if batch.scored:
+            score_prompts(schedule, logits_BV[-batch.scored :])
+            logits_BV = logits_BV[: -batch.scored]
         verdict = self._verify(schedule, draft, plan, noise, logits_BV, guide)
         kept = committed_rows(schedule.rows, verdict.plan, verdict.accepted_R, len(batch.batch.token_T))
         self.runner.extend(batch.batch, taps_TkD, kept, drafting=draft is not None)
         if self.observer is not None and draft is not None:
             self.observer(records(schedule, draft, verdict))
         metered = self.meter is not None and self._next_metering <= 0.0
-        load = step_load(schedule, draft, plan, len(batch.batch.token_T)) if metered else None
+        load = step_load(schedule, draft, batch) if metered else None
         commits = self._commit(schedule, draft, verdict, logits_BV)
         seconds = self.runner.clock() - started
         self.planning.observe(schedule, verdict, seconds)
@@ -275,8 +278,10 @@ class EngineCore:
                     request.trouble,
                     drafted,
                     plan,
+                    request.scores,
                 )
             )
+            request.scores = None
             if request.finish_reason:
                 self._leave(request)
         for request, rows in schedule.partial:
@@ -287,17 +292,3 @@ class EngineCore:
         self.admission.remove(request)
         self.statistics.merge(request.statistics)
         del self.requests[request.id]
-
-
-def step_load(schedule: Schedule, draft: Draft | None, plan: Sequence[int], rows: int) -> dict[str, int]:
-    """What a step of `rows` target rows has to do, as a cost sees it."""
-    wanted = len(plan) + sum(plan)
-    everyone = [*schedule.sampled, *(request for request, _ in schedule.partial)]
-    return {
-        "rows": wanted,
-        "requests": len(schedule.sampled),
-        "context": sum(request.cached for request in everyone),
-        "prefill": rows - wanted,
-        "drafting": sum(limit > 0 for limit in schedule.limits) if draft is not None else 0,
-        "slots": draft.token_RK.shape[1] if draft is not None else 0,
-    }

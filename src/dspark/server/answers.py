@@ -27,6 +27,7 @@ class Piece:
     finish_reason: str | None = None
     statistics: RequestStatistics | None = None  # with the last piece
     trace: list[TokenTrace] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None  # with the first piece, of the prompt but its first token
 
     def take(self, more: Piece) -> None:
         """Put what follows behind it."""
@@ -35,6 +36,8 @@ class Piece:
             self.logprobs = [*(self.logprobs or []), *more.logprobs]
         if more.trace is not None:
             self.trace = [*(self.trace or []), *more.trace]
+        if more.prompt_logprobs is not None:
+            self.prompt_logprobs = more.prompt_logprobs
         self.finish_reason, self.statistics = more.finish_reason, more.statistics
 
 
@@ -230,29 +233,31 @@ class ChatForm(_Base):
 class TextForm(_Base):
     """/v1/completions."""
 
-    echoed: Sequence[str] | None = None  # the prompt of each choice, to stand before its text
+    echoed: Sequence[str] = ()  # the prompt of each choice, to stand before its text
+    scored: Sequence[int] = ()  # the first token of each echoed prompt whose tokens' log-probabilities are told
     silent: bool = False  # log-probabilities chose among candidates; the client did not ask for them
     prefix = "cmpl"
     _offset: dict[int, int] = field(default_factory=dict)  # characters of each choice so far
 
     def head(self, choices: int) -> list[dict[str, Any]]:
-        """The prompts, if they are to be echoed."""
+        """The prompts, if they are to be echoed; those with log-probabilities stand in their choice's first piece."""
         return [
             self._object("text_completion", [self._choice(Piece(index, ""), text=text, logprobs=None)])
-            for index, text in enumerate(self.echoed or ())
+            for index, text in enumerate(() if self.scored else self.echoed)
         ]
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """More of a text."""
-        choice = self._choice(piece, text=piece.text, logprobs=self._logprobs(piece))
+        before = self.echoed[piece.choice] if piece.prompt_logprobs is not None else ""
+        choice = self._choice(piece, text=before + piece.text, logprobs=self._logprobs(piece))
         return self._object("text_completion", [choice])
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """Whole texts."""
-        before = self.echoed or itertools.repeat("")
+        before = self.echoed or [""] * len(choices)
         made = [
             self._choice(piece, text=prompt + piece.text, logprobs=self._logprobs(piece))
-            for prompt, piece in zip(before, choices, strict=False)
+            for prompt, piece in zip(before, choices, strict=True)
         ]
         return self._object("text_completion", made) | {"usage": usage.json()}
 
@@ -263,14 +268,17 @@ class TextForm(_Base):
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         if piece.logprobs is None or self.silent:
             return None
-        texts = [self.decode(one.token_id) for one in piece.logprobs]
+        told: list[tuple[int, TokenLogprob | None]] = [(one.token_id, one) for one in piece.logprobs]
+        if piece.prompt_logprobs is not None:  # of the first token nobody can say how likely it was
+            told = [(self.scored[piece.choice], None), *((one.token_id, one) for one in piece.prompt_logprobs), *told]
+        texts = [self.decode(token) for token, _ in told]
         start = self._offset.get(piece.choice, 0)
         ends = list(itertools.accumulate(map(len, texts), initial=start))
         self._offset[piece.choice] = ends[-1]
         return {
             "tokens": texts,
-            "token_logprobs": [max(one.logprob, LEAST_LOGPROB) for one in piece.logprobs],
-            "top_logprobs": [self._top(one) for one in piece.logprobs],
+            "token_logprobs": [one and max(one.logprob, LEAST_LOGPROB) for _, one in told],
+            "top_logprobs": [one and self._top(one) for _, one in told],
             "text_offset": ends[:-1],
         }
 

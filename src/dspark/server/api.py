@@ -102,7 +102,9 @@ def _completions(app: FastAPI, service: Service) -> None:
         service.gate.check(len(body.prompts) * body.candidates)
         picking = body.candidates > body.choices
         params = body.params(
-            max_tokens=body.max_tokens, logprobs=0 if picking and body.logprobs is None else body.logprobs
+            max_tokens=body.max_tokens,
+            logprobs=0 if picking and body.logprobs is None else body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
         )
         prompts = [await service.tokens(prompt) for prompt in body.prompts]
         jobs = [(tokens, one) for tokens in prompts for one in params]
@@ -110,6 +112,8 @@ def _completions(app: FastAPI, service: Service) -> None:
         if body.echo:
             texts = [p if isinstance(p, str) else _decoded(service, p) for p in body.prompts]
             form.echoed = [text for text in texts for _ in range(body.choices)]
+            if body.logprobs is not None:
+                form.scored = [tokens[0] for tokens in prompts for _ in range(body.choices)]
         form.silent = body.logprobs is None
         return await _answer(service, request, body, jobs, form)
 

@@ -97,7 +97,13 @@ class Sampling(Structured):
         return self.choices
 
     def params(
-        self, *, max_tokens: int | None, logprobs: int | None, grammar: Grammar | None = None, special: bool = False
+        self,
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+        grammar: Grammar | None = None,
+        special: bool = False,
     ) -> list[SamplingParams]:
         """The sampling parameters of each text of one prompt. Text i of a seed s is drawn with seed s + i."""
         shared: dict[str, Any] = {
@@ -113,22 +119,23 @@ class Sampling(Structured):
         shared["ignore_eos"] = bool(self.ignore_eos)
         shared |= {"grammar": grammar or self.grammar, "skip_special_tokens": not special}
         seeds = [None if self.seed is None else (self.seed + i) % (MAX_SEED + 1) for i in range(self.candidates)]
-        return [SamplingParams(max_tokens=max_tokens, logprobs=logprobs, seed=seed, **shared) for seed in seeds]
+        shared |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+        return [SamplingParams(seed=seed, **shared) for seed in seeds]
 
 
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
     prompt: str | list[Token] | list[str] | list[list[Token]]
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    max_tokens: Annotated[int, Field(ge=0)] | None = 16
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise ValueError("logprobs of an echoed prompt are not computed; leave out echo or logprobs")
+        if self.max_tokens == 0 and not (self.echo and self.logprobs is not None):
+            raise ValueError("max_tokens 0 reads the prompt only; pass echo and logprobs with it, or 1 or more")
         if not self.prompt:
             raise ValueError("the prompt is empty; pass at least one token")
         if self.best_of is not None and self.best_of < self.choices:

@@ -142,7 +142,15 @@ class Service:
                             said = f"the text cannot follow its grammar any further: {commit.error}; simplify it"
                             raise ApiError(400, said, code="grammar_failed")
                         last = commit.statistics if commit.finish_reason else None
-                        yield Piece(place, commit.text, commit.logprobs, commit.finish_reason, last, commit.trace)
+                        yield Piece(
+                            place,
+                            commit.text,
+                            commit.logprobs,
+                            commit.finish_reason,
+                            last,
+                            commit.trace,
+                            commit.prompt_logprobs,
+                        )
             except (StepFailed, EngineStopped, DeadlinePassed) as error:
                 told = _failure(error)
                 call.error = told.code
@@ -155,7 +163,12 @@ class Service:
         if account is None:
             yield
             return
-        room = (min(params.max_tokens or self.context, self.context - len(tokens)) for tokens, params in jobs)
+        room = (
+            self.context - len(tokens)
+            if params.max_tokens is None
+            else min(params.max_tokens, self.context - len(tokens))
+            for tokens, params in jobs
+        )
         reserved = account.reserve(call.prompt_tokens + sum(room))
         try:
             yield
