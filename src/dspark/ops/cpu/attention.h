@@ -253,8 +253,8 @@ void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
       for (int64_t g = 0; g < s.groups; ++g) pieces.push_back({r, g, first, std::min(own, first + ROWS)});
   }
   const int64_t count = pieces.size();
-  const int threads = thread_count();
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && count > 1 && work >= 32768)
+  const int threads = thread_count(), together = count >= 2 * threads * s.groups ? s.groups : 1;
+#pragma omp parallel for schedule(dynamic, together) num_threads(threads) if (threads > 1 && count > 1 && work >= 32768)
   for (int64_t i = 0; i < count; ++i) {
     const Piece& p = pieces[i];
     attend(q.const_data_ptr<Scalar>(), k.const_data_ptr<Scalar>(), v.const_data_ptr<Scalar>(),
