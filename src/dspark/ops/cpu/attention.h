@@ -4,7 +4,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "products.h"
+#include "scores.h"
 #include "team.h"
 #include "vectors.h"
 
@@ -15,53 +15,6 @@ struct Shape {
   float scale, softcap;
   bool causal;
 };
-
-typedef int32_t Ints __attribute__((vector_size(64)));
-
-template <int S>
-inline void exchange(Vec* row) {  // one stage of a 16x16 transpose: swaps lanes and rows whose index has bit S
-  Ints low, high;
-  for (int lane = 0; lane < LANES; ++lane) {
-    low[lane] = lane & S ? LANES + lane - S : lane;
-    high[lane] = lane & S ? LANES + lane : lane + S;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i)
-    if (!(i & S)) {
-      const Vec a = row[i], b = row[i | S];
-      row[i] = __builtin_shuffle(a, b, low);
-      row[i | S] = __builtin_shuffle(a, b, high);
-    }
-}
-
-// Sixteen rows of `size` values side by side: columns[size/STEP][16][STEP], the layout of a tile of weights.
-template <typename Scalar>
-inline void transpose(const Scalar* const* rows, Scalar* columns, int64_t size) {
-  constexpr int64_t WIDE = LANES * Packed<Scalar>::STEP;  // values in a vector
-  for (int64_t j = 0; j < size; j += WIDE) {
-    Vec tile[LANES];
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) std::memcpy(&tile[i], rows[i] + j, sizeof tile[i]);
-    exchange<8>(tile), exchange<4>(tile), exchange<2>(tile), exchange<1>(tile);
-    std::memcpy(columns + j * LANES, tile, sizeof tile);
-  }
-}
-
-// score[N] rows against 16 keys, which lie as columns.
-template <int N, typename Scalar>
-inline void score_rows(const Scalar* query, const Scalar* columns, int64_t size, float scale, float* score, int64_t stride) {
-  using P = Packed<Scalar>;
-  Vec even[N] = {}, odd[N] = {};  // two sums, for one alone would wait for itself
-  for (int64_t j = 0; j < size; j += 2 * P::STEP) {
-    const auto keys = P::weights(columns + j * LANES), more = P::weights(columns + (j + P::STEP) * LANES);
-#pragma GCC unroll 8
-    for (int r = 0; r < N; ++r) {
-      P::multiply(even[r], keys, query + r * size + j);
-      P::multiply(odd[r], more, query + r * size + j + P::STEP);
-    }
-  }
-  for (int r = 0; r < N; ++r) put(score + r * stride, (even[r] + odd[r]) * scale);
-}
 
 // result[N] rows += weight[N][count] times values[count][size], 16·P of the columns at a time.
 template <int N, int P>
@@ -114,14 +67,25 @@ struct Rows16 {
 
   // The rows of keys base .. base + count, then `none`.
   void at(int64_t base, int64_t count, const Scalar* none, const Scalar** rows) const {
-    int64_t page = base / page_size, offset = base % page_size;
-    for (int64_t lane = 0; lane < LANES; ++lane, ++offset) {
-      if (offset == page_size) ++page, offset = 0;
+    if (const Scalar* strip = strip_at(base, count)) {
+      for (int64_t lane = 0; lane < LANES; ++lane) rows[lane] = lane < count ? strip + lane * stride : none;
+      return;
+    }
+    for (int64_t lane = 0; lane < LANES; ++lane) {
       const int64_t key = base + lane;
       rows[lane] = lane >= count   ? none
-                   : key < context ? pool + (int64_t(table[page]) * page_size + offset) * stride
+                   : key < context ? pool + (int64_t(table[key / page_size]) * page_size + key % page_size) * stride
                                    : fresh + (key - context) * stride;
     }
+  }
+
+ private:
+  // The first of `count` rows that lie one behind the other; null where they do not.
+  const Scalar* strip_at(int64_t base, int64_t count) const {
+    if (base >= context) return fresh + (base - context) * stride;
+    const int64_t page = base / page_size, offset = base - page * page_size;
+    if (base + count > context || offset + count > page_size) return nullptr;
+    return pool + (int64_t(table[page]) * page_size + offset) * stride;
   }
 };
 
@@ -156,8 +120,9 @@ void attend(const Scalar* q, const Scalar* k, const Scalar* v, const Scalar* poo
   const int64_t from = oldest / LANES * LANES, width = (newest - from + LANES - 1) / LANES * LANES;
   const bool straight = std::is_same_v<Scalar, Kept> && dk == s.key_size;  // rows can be read where they lie
   thread_local Room room;
-  float* const score = room.floats(rows * (width + dv + 1) + LANES * dv);
+  float* const score = room.floats(rows * (width + dv + 2) + LANES * dv);
   float *const result = score + rows * width, *const block = result + rows * dv, *const total = block + LANES * dv;
+  float* const undo = total + rows;  // what brings a query's scores back into its own scale
   Kept* const query = room.of<Kept>((rows + LANES + 1 + LANES) * dk);
   Kept *const columns = query + rows * dk, *const copies = columns + LANES * dk, *const none = copies + LANES * dk;
   std::fill(result, result + rows * dv, 0.0f);
@@ -165,6 +130,7 @@ void attend(const Scalar* q, const Scalar* k, const Scalar* v, const Scalar* poo
   for (int64_t i = 0; i < rows; ++i) {
     const Scalar* row = q + ((start + first + i / per) * s.heads + group * per + i % per) * s.key_size;
     for (int64_t j = 0; j < dk; ++j) query[i * dk + j] = j < s.key_size ? static_cast<Kept>(row[j]) : Kept(0);
+    undo[i] = Scoring<Kept>::queries(query + i * dk, dk);
   }
   const auto rows_of = [&](const Scalar* pool, const Scalar* fresh, int64_t size) {
     return Rows16<Scalar>{pool + group * size, fresh + (start * s.groups + group) * size, table, s.page_size, context,
@@ -189,11 +155,12 @@ void attend(const Scalar* q, const Scalar* k, const Scalar* v, const Scalar* poo
       else for (int64_t j = 0; j < s.key_size; ++j) copies[lane * dk + j] = static_cast<Kept>(found[lane][j]);
     }
     transpose(side, columns, dk);
+    const float common = s.scale * Scoring<Kept>::keys(columns, dk);
     float* line = score + base - from;
     int64_t i = 0;
-    for (; i + 8 <= rows; i += 8) score_rows<8>(query + i * dk, columns, dk, s.scale, line + i * width, width);
-    for (; i + 2 <= rows; i += 2) score_rows<2>(query + i * dk, columns, dk, s.scale, line + i * width, width);
-    for (; i < rows; ++i) score_rows<1>(query + i * dk, columns, dk, s.scale, line + i * width, width);
+    for (; i + 8 <= rows; i += 8) score_rows<8>(query + i * dk, columns, dk, undo + i, common, line + i * width, width);
+    for (; i + 2 <= rows; i += 2) score_rows<2>(query + i * dk, columns, dk, undo + i, common, line + i * width, width);
+    for (; i < rows; ++i) score_rows<1>(query + i * dk, columns, dk, undo + i, common, line + i * width, width);
   }
   for (int64_t i = 0; i < rows; ++i) {
     float* line = score + i * width;

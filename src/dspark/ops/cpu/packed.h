@@ -88,6 +88,9 @@ struct Power {
   float factor, inverse;
 };
 
+inline void to_halves(at::BFloat16* to, Vec x) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtxps_ph((__m512)x)); }
+
+// The largest of the magnitudes, as a bfloat16's bits.
 inline uint32_t magnitude(const at::BFloat16* x, int64_t count) {
   __m512i most = _mm512_setzero_si512();
   const __m512i sign = _mm512_set1_epi16(0x7fff);
@@ -144,8 +147,7 @@ struct Operand<at::BFloat16> {
       scales[t] = power.inverse;
       at::BFloat16* to = halves.get() + t * K;
       int64_t k = 0;
-      for (; k + LANES <= K; k += LANES)
-        _mm256_storeu_si256((__m256i*)(to + k), (__m256i)_mm512_cvtxps_ph((__m512)(wide(x + t * K + k) * power.factor)));
+      for (; k + LANES <= K; k += LANES) to_halves(to + k, wide(x + t * K + k) * power.factor);
       for (; k < K; ++k) {
         const _Float16 half = _Float16(widen(x[t * K + k]) * power.factor);
         std::memcpy(to + k, &half, 2);
