@@ -49,6 +49,18 @@ def test_the_same_answer_without_another_text(kept, path, body, stream):
     assert other.content != first.content
 
 
+def test_an_answer_that_is_there_needs_no_place(kept):
+    served, slow = kept
+    first, slow.left = post(served, "full"), 0
+    with ThreadPoolExecutor(16) as pool:
+        inside = [pool.submit(post, served, f"full {index}", BODY | {"n": 3}) for index in range(3)]
+        served.until(lambda: served.service.gate.inside == 9)
+        assert post(served, "full").content == first.content
+        assert post(served, "full?").status_code == 429
+        slow.left = None
+        assert [one.result().status_code for one in inside] == [200] * 3
+
+
 def test_another_request_under_the_same_key(kept):
     served, _ = kept
     post(served, "used")

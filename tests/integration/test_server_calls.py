@@ -48,7 +48,7 @@ def limited(tiny_pair):
     keys = ("free name=free", "few requests-per-minute=2", "small name=s tokens-per-minute=20")
     core = tiny_core(tiny_pair)
     slow = Slow(core)
-    with serving(core, ServerConfig(keys=keys, tokens_per_minute=100_000), key="free") as served:
+    with serving(core, ServerConfig(keys=keys, tokens_per_minute=100_000, queue=64), key="free") as served:
         yield served, slow
 
 

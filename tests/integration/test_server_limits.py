@@ -1,19 +1,23 @@
 """What a server refuses, lets go of and survives: keys, a full queue, clients that leave, failing steps, the end."""
 
 import asyncio
+import contextlib
+import functools
 import json
 import signal
 import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx2
 import openai
 import pytest
+import torch
 from serving import Slow, serving, tiny_core
 
-from dspark.server.service import ServerConfig
+from dspark.server.service import ServerConfig, Service
 
 LONG = {"prompt": "def", "max_tokens": 480, "temperature": 0, "ignore_eos": True}
 SHORT = {"prompt": "def", "max_tokens": 3, "temperature": 0}
@@ -69,6 +73,7 @@ def test_a_client_that_leaves_is_not_worked_for(small, stream):
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(small):
     served, slow = small
+    assert served.http.post("/v1/completions", json=SHORT | {"n": 4}).status_code == 400  # never fits
     slow.left = 0
     with ThreadPoolExecutor() as pool:
         inside = [pool.submit(served.http.post, "/v1/completions", json=SHORT | {"n": n}) for n in (2, 1)]
@@ -76,10 +81,34 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(small):
         got = served.http.post("/v1/completions", json=SHORT)
         assert got.status_code == 429 and got.json()["error"]["code"] == "rate_limit_exceeded"
         assert 1 <= int(got.headers["Retry-After"]) <= 60
-        assert served.http.post("/v1/completions", json=SHORT | {"n": 4}).status_code == 400  # never fits
+        refused_unread(served)
         slow.left = None
         assert [one.result().status_code for one in inside] == [200, 200]
-    assert "dspark_requests_refused_total 1.0" in served.http.get("/metrics").text
+    told = served.http.get("/metrics").text
+    assert "dspark_requests_refused_total 2.0" in told
+    assert 'dspark_requests_total{endpoint="/v1/completions",status="429"} 2.0' in told
+
+
+def refused_unread(served):
+    """Refused before the body came; the connection takes another request after it, however long the body is."""
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer second\r\nContent-Length: 100000\r\n\r\n"
+    with socket.create_connection(httpx2.URL(served.url).netloc.decode().split(":")) as client:
+        client.sendall(head.encode() + b"{")
+        answer = b""
+        while not answer.endswith(b"}}"):
+            answer += client.recv(10_000).lower()
+        assert answer.startswith(b"http/1.1 429") and b"retry-after: " in answer and b"connection: close" not in answer
+        client.sendall(b"x" * 99_999 + b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(10_000).startswith(b"HTTP/1.1 200")
+
+
+def test_the_queue_is_a_32nd_of_the_places_unless_somebody_says():
+    for running, given, wanted in ((8, None, 1), (64, None, 2), (256, None, 8), (64, 0, 0), (64, 300, 300)):
+        core = SimpleNamespace(
+            config=SimpleNamespace(max_running=running), target=SimpleNamespace(dtype="", device=torch.device("cpu"))
+        )
+        service = Service(SimpleNamespace(core=core), ServerConfig(queue=given))
+        assert (service.gate.running, service.gate.queue) == (running, wanted)
 
 
 def test_a_failing_step_fails_its_requests_alone(small):
@@ -138,10 +167,11 @@ def test_cors_is_for_named_origins(tiny_pair):
             assert got.headers.get("access-control-allow-origin") == allowed
 
 
-def test_sigterm_lets_running_requests_finish(tiny_pair):
-    command = [sys.executable, "-m", "dspark.cli.main", "serve", str(tiny_pair.target), "--port", "0"]
-    command += ["--drafter", str(tiny_pair.drafter), "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+@contextlib.contextmanager
+def command(pair, *options):
+    """`dspark serve` in a process of its own, and what it printed about itself."""
+    arguments = ["serve", str(pair.target), "--drafter", str(pair.drafter), "--port", "0", "--device", "cpu", *options]
+    process = subprocess.Popen([sys.executable, "-m", "dspark.cli.main", *arguments], stdout=subprocess.PIPE, text=True)
     try:
         facts = {}
         for line in process.stdout:
@@ -149,7 +179,16 @@ def test_sigterm_lets_running_requests_finish(tiny_pair):
             facts[name] = value.strip()
             if name == "address":
                 break
+        yield process, facts
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_sigterm_lets_running_requests_finish(tiny_pair):
+    with command(tiny_pair) as (process, facts):
         assert "context 512" in facts["model"] and facts["planner"] == "auto" and "cpu" in facts["device"], facts
+        assert facts["texts"] == "64 at once, 2 more may wait" and facts["traces"] == "none"
         body = LONG | {"stream": True, "n": 8}
         with httpx2.stream("POST", facts["address"] + "/completions", json=body, timeout=60) as stream:
             events = stream.iter_lines()
@@ -157,9 +196,23 @@ def test_sigterm_lets_running_requests_finish(tiny_pair):
             process.send_signal(signal.SIGTERM)
             assert [line for line in events if line][-1] == "data: [DONE]"
         assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.communicate()
+
+
+def test_sigterm_lets_waiting_requests_finish(tiny_pair):
+    """One text has the only place and three wait: all four are whole before the server ends; nobody else comes in."""
+    with command(tiny_pair, "--max-running", "1", "--queue", "3") as (process, facts), ThreadPoolExecutor() as pool:
+        url = facts["address"]
+        ask = functools.partial(httpx2.post, url + "/completions", json=LONG, timeout=60)
+        with httpx2.Client() as late:
+            asked = [pool.submit(ask) for _ in range(4)]
+            while "dspark_num_requests_waiting 3.0" not in late.get(url.replace("/v1", "/metrics")).text:
+                assert not any(one.done() for one in asked)
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(httpx2.TransportError):  # the connection that was open may be closed by now
+                assert late.post(url + "/completions", json=SHORT).status_code == 503
+        assert [one.result().status_code for one in asked] == [200] * 4
+        assert {one.result().json()["usage"]["completion_tokens"] for one in asked} == {480}
+        assert process.wait(60) == 0
 
 
 def test_the_grace_period_ends(tiny_pair):
@@ -194,7 +247,7 @@ def test_many_clients_that_come_and_go_leave_nothing(tiny_pair):
         async with httpx2.AsyncClient(base_url=url, timeout=120) as http:
             return await asyncio.gather(*(client(http, index) for index in range(24)))
 
-    with serving(core, ServerConfig()) as served:
+    with serving(core, ServerConfig(queue=64)) as served:
         done = asyncio.run(main(served.url))
         assert done == [0 if index % 3 == 0 else 1 + index % 3 for index in range(24)]
         served.until(lambda: core.idle)

@@ -13,8 +13,7 @@ from dspark.cli.inputs import Device, Dtype, Planner, the_pair
 from dspark.common.extras import require
 
 if TYPE_CHECKING:
-    from dspark.engine.step import EngineCore
-    from dspark.server.service import ServerConfig
+    from dspark.server.service import Service
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -83,7 +82,7 @@ def serve(
     configure(log_level, log_format)
     config = ServerConfig(
         name=name or served_name(target),
-        queue=max(1, max_running // 32) if queue is None else queue,  # of a text's time, what overload adds
+        queue=queue,
         most_body_bytes=max_body_bytes,
         most_prompt_tokens=max_prompt_tokens,
         keys=tuple(find_keys(api_key or (), api_keys)),
@@ -124,13 +123,14 @@ def serve(
     from dspark.server.api import create_app
     from dspark.server.launch import make_server, run
 
-    bound.listen(BACKLOG)  # whoever reads the address may connect: the first requests wait for the loop
+    engine = Engine(core)
+    app = create_app(engine, config, results, tracing=tracing)
     traces = "none" if tracing is None else trace_url or "as the environment says"
-    print(resolved(core, config, planner, address(bound), traces=traces), flush=True)
+    bound.listen(BACKLOG)  # whoever reads the address may connect: the first requests wait for the loop
+    print(resolved(app.state.service, planner, address(bound), traces=traces), flush=True)
     if not config.keys and host not in LOCAL:
         print("warning: no API key is set, so whoever reaches this address may use it", file=sys.stderr, flush=True)
-    engine = Engine(core)
-    run(make_server(create_app(engine, config, results, tracing=tracing), grace=grace), bound)
+    run(make_server(app, grace=grace), bound)
     engine.close(seconds=grace)
     sys.stdout.flush()
     os._exit(0)  # a forward being compiled in the background is not waited for
@@ -143,10 +143,11 @@ def served_name(target: str | None) -> str:
     return Path(target).resolve().name if Path(target).is_dir() else target
 
 
-def resolved(core: EngineCore, config: ServerConfig, planner: str, url: str, *, traces: str) -> str:
+def resolved(service: Service, planner: str, url: str, *, traces: str) -> str:
     """What was made of the arguments, a line each."""
     from dspark.common.provenance import device_name
 
+    core, config = service.engine.core, service.config
     target, pool = core.target, core.admission.pool
     waiting = [graph for graph in core.graphs if graph.status != "compiled"]
     forwards = "in the background" if waiting else "ready" if core.graphs else "none"
@@ -160,7 +161,7 @@ def resolved(core: EngineCore, config: ServerConfig, planner: str, url: str, *, 
         else "none",
         "planner": planner,
         "pages": f"{pool.capacity} of {pool.page_size} tokens",
-        "texts": f"{core.config.max_running} at once, {config.queue} more may wait",
+        "texts": f"{core.config.max_running} at once, {service.gate.queue} more may wait",
         "compiled": forwards,
         "keys": str(len(config.keys)) if config.keys else "none needed",
         "traces": traces,

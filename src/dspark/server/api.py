@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from dspark.server.calls import Calls, call_of
 from dspark.server.errors import RESPONSES, ApiError, ClientGone, install
 from dspark.server.idempotency import Idempotency
 from dspark.server.keys import Keys
-from dspark.server.limits import Bodies
+from dspark.server.limits import Bodies, Full
 from dspark.server.metrics import Metrics
 from dspark.server.protocol import (
     ChatRequest,
@@ -83,11 +83,14 @@ def create_app(
         )
     app.add_middleware(Bodies, most_bytes=service.config.most_body_bytes, seconds=service.config.body_seconds)
     free = playground.PATHS if service.config.playground else ()
+    app.add_middleware(Full, gate=service.gate)
     app.add_middleware(Keys, keys=service.config.api_keys, rates=service.config.rates, free=free)
     if service.config.origins:
         origins, headers = list(service.config.origins), ["authorization", "content-type"]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=headers)
-    app.add_middleware(Counted, metrics=service.metrics)
+    app.add_middleware(
+        Counted, metrics=service.metrics, known={str(getattr(route, "path", "")) for route in app.routes}
+    )
     if tracing is not None:
         app.add_middleware(Traced, tracing=tracing)
     app.add_middleware(Calls)  # the last one added sees a request first
@@ -250,8 +253,9 @@ def _decoded(service: Service, tokens: Sequence[int]) -> str:
 class Counted:
     """Counts answers by endpoint and status; a path nobody serves is `other`, so that labels stay few."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics):
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, known: Collection[str]):
+        """`known` are the paths of routes: a request refused on its way has not met its route."""
+        self.app, self.metrics, self.known = app, metrics, known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes everything on."""
@@ -259,7 +263,8 @@ class Counted:
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 route = scope.get("route")  # set by the router where a path is served
-                self.metrics.answered(getattr(route, "path", "other"), message["status"])
+                path = scope["path"] if scope["path"] in self.known else "other"
+                self.metrics.answered(str(getattr(route, "path", path)), message["status"])
             await send(message)
 
         await self.app(scope, receive, counting if scope["type"] == "http" else send)

@@ -12,11 +12,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dspark.server.calls import call_of
 from dspark.server.errors import LOG, ApiError, as_api_error
-from dspark.server.limits import read_again
+from dspark.server.limits import GENERATING, read_again
 from dspark.server.results import Busy, Kept, Results
 from dspark.server.stream import DONE, while_listening
 
-PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 GIVEN = re.compile(rb"[\x20-\x7e]{1,255}")
 MOST_WAITING = 1024  # repetitions that wait for the first of their key
 LOOK_SECONDS = 0.1  # between two looks at what another server is making
@@ -45,7 +44,7 @@ class Idempotency:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers 422 to a key that came with another request, else passes on or replays."""
         given = dict(scope["headers"]).get(b"idempotency-key") if scope["type"] == "http" else None
-        if given is None or scope["method"] != "POST" or scope["path"] not in PATHS:
+        if given is None or scope["method"] != "POST" or scope["path"] not in GENERATING:
             await self.app(scope, receive, send)
             return
         body = (await receive()).get("body", b"")  # whole: Bodies has read it

@@ -16,6 +16,7 @@ REMEMBERED = 32  # finished requests from which the wait of a refused one is gue
 LONGEST_WAIT = 60
 CLOSE = {"Connection": "close"}
 MOST_DEPTH = 64
+GENERATING = frozenset({"/v1/completions", "/v1/chat/completions"})
 BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)  # a string, whatever it holds, or a bracket
 
 
@@ -84,6 +85,11 @@ def check_depth(body: bytes, most: int = MOST_DEPTH) -> None:
             depth -= 1
 
 
+def usual_queue(running: int) -> int:
+    """How many texts may wait where nobody says: a 32nd of the places, for what waits makes every wait longer."""
+    return max(1, running // 32)
+
+
 class Gate:
     """Counts the texts being generated, and refuses what would make the queue too long."""
 
@@ -126,3 +132,24 @@ class Gate:
         """Seconds until a place is likely to be free: the usual time of a request over the places in use."""
         usual = sum(self._seconds) / len(self._seconds) if self._seconds else 1.0
         return min(max(1, round(usual * max(1, self.inside) / self.running)), LONGEST_WAIT)
+
+
+class Full:
+    """Refuses a request for which there is no place before its body is read: at overload that is most of the work.
+
+    One that brings an Idempotency-Key goes on: its answer may be there already, and then needs no place.
+    """
+
+    def __init__(self, app: ASGIApp, gate: Gate):
+        self.app, self.gate = app, gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers 429, or 503 on the way out. The connection stays usable: what comes of the body is dropped."""
+        asks = scope["type"] == "http" and scope["path"] in GENERATING and scope["method"] == "POST"
+        if asks and all(name != b"idempotency-key" for name, _ in scope["headers"]):
+            try:
+                self.gate.check(1)
+            except ApiError as error:
+                await error.answer(scope, receive, send)
+                return
+        await self.app(scope, receive, send)

@@ -20,7 +20,7 @@ from dspark.server.calls import Call
 from dspark.server.engine_metrics import EngineState
 from dspark.server.errors import LOG, ApiError
 from dspark.server.keys import ApiKey
-from dspark.server.limits import Gate
+from dspark.server.limits import Gate, usual_queue
 from dspark.server.metrics import Metrics
 from dspark.server.protocol import ChatMessage
 from dspark.server.rates import Rates
@@ -34,7 +34,7 @@ class ServerConfig:
     """What a server allows; the engine's own limits are in EngineConfig."""
 
     name: str = "default"  # of the model, as clients ask for it
-    queue: int = 256  # texts that may wait for a place in the engine
+    queue: int | None = None  # texts that may wait for a place in the engine; None: usual_queue
     most_body_bytes: int = 2 << 20
     most_prompt_tokens: int | None = None  # None: as the context has room
     keys: tuple[str, ...] = ()  # as ApiKey.parse takes them
@@ -49,7 +49,7 @@ class ServerConfig:
     playground: bool = True  # the page at /
 
     def __post_init__(self) -> None:
-        if self.queue < 0:
+        if self.queue is not None and self.queue < 0:
             raise UserError(f"queue {self.queue} is below 0; pass 0 to refuse whatever would have to wait")
         for name in ("most_body_bytes", "most_prompt_tokens"):
             value = getattr(self, name)
@@ -78,7 +78,8 @@ class Service:
     def __init__(self, engine: Engine, config: ServerConfig):
         self.engine, self.config = engine, config
         self.metrics = Metrics()
-        self.gate = Gate(engine.core.config.max_running, config.queue)
+        running = engine.core.config.max_running
+        self.gate = Gate(running, usual_queue(running) if config.queue is None else config.queue)
         core = engine.core
         told = f"{config.name} {core.target.dtype} {core.target.device.type} {package_version()}"
         self.fingerprint = f"dspark_{hashlib.sha256(told.encode()).hexdigest()[:10]}"
