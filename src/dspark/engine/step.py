@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -208,10 +209,10 @@ class EngineCore:
         everyone = len(drafting) == len(schedule.sampled)
         own_noise = noise if everyone else noise.select(range(len(drafting)))
         sampler = DraftSampler(self.laws.group(drafting).shaping, own_noise, self.laws.history(drafting), guide)
-        positions = [request.cached for request in drafting]
+        anchors, positions = [request.tokens[-1] for request in drafting], [request.cached for request in drafting]
         reach = max(positions) + slots + HEADROOM
         device = self.target.device
-        ahead_2R = torch.tensor([[request.tokens[-1] for request in drafting], positions]).to(device)
+        ahead_2R = torch.from_numpy(np.array((anchors, positions))).to(device)
         context = DraftContext(
             anchor_R=ahead_2R[0],
             position_R=ahead_2R[1],

@@ -32,7 +32,7 @@ def verdict(
     with probability min(1, p/q); at the first rejection draw from normalize(max(p - q, 0)), with none from p. Rows
     after the first rejection are not looked at. (DSpark, §2)
     """
-    run = torch.ops.dspark.verdict if has_kernel(logits_BV) else verdict_plain
+    run = torch.ops.dspark.verdict.default if has_kernel(logits_BV) else verdict_plain
     return run(logits_BV, plan, token_RK, q_RKV, temperature_R, accept_RK, final_R)
 
 

@@ -86,11 +86,7 @@ class RoundNoise:
 
     def no_draft(self, vocabulary: int) -> tuple[Tensor, Tensor]:
         """The tokens and laws of a round without drafts, [R, 0] and [R, 0, V]."""
-        requests = len(self.seeds)
-        return (
-            torch.zeros(requests, 0, dtype=torch.int64, device=self.final_R.device),
-            torch.zeros(requests, 0, vocabulary, device=self.final_R.device),
-        )
+        return _no_draft(len(self.seeds), vocabulary, self.final_R.device)
 
     def exponential(self, vocabulary: int) -> Tensor:
         """The coupled requests' exponentials [C, K+1, V]: slot k belongs to output position + k. Made once."""
@@ -124,6 +120,13 @@ class RoundNoise:
 def _silence(requests: int, slots: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """What nobody reads, made once: half of everything."""
     return _cut(torch.full((requests, 2 * slots + 1), 0.5, dtype=torch.float64, device=device), slots)
+
+
+@functools.lru_cache(maxsize=256)
+def _no_draft(requests: int, vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Nothing, made once."""
+    none_R0 = torch.zeros(requests, 0, dtype=torch.int64, device=device)
+    return none_R0, torch.zeros(requests, 0, vocabulary, device=device)
 
 
 def _cut(uniforms: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -89,7 +89,9 @@ def verify_tempered(
         token_RK, law_RKV = noise.no_draft(logits_BV.shape[1])
     else:
         token_RK, law_RKV = draft.token_RK, draft.probability_RKV
-    accept_RK = noise.accept_RK[:, : token_RK.shape[1]]  # a block may have ended early
+    accept_RK, drawn = noise.accept_RK, token_RK.shape[1]
+    if accept_RK.shape[1] > drawn:  # a block may have ended early
+        accept_RK = accept_RK[:, :drawn]
     columns = verdict(logits_BV, plan, token_RK, law_RKV, temperature_R, accept_RK, noise.final_R)
     accepted, final = columns[0].tolist(), columns[1].tolist()
     _check(final, logits_BV.shape[1])
