@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dspark.drafters.base import Draft, DraftContext
 from dspark.models.compiled import Forward
-from dspark.models.native import Stack
+from dspark.models.native import Binding, Stack
 from dspark.ops.chain import Tempered
 from dspark.ops.linear import PackedLinear
 
@@ -57,21 +57,13 @@ def native_block(body: Body) -> Forward | None:
     stack, mask = stack_of(body), body.mask_token_id
     if stack is None:
         return None
+    constants = Binding(stack)
 
     def forward(
         anchor_R: Tensor, position_R: Tensor, page_table_RP: Tensor, offset_K: Tensor, *pools: Tensor
     ) -> Sequence[Tensor]:
         block: Sequence[Tensor] = torch.ops.dspark.draft_block.default(
-            anchor_R,
-            position_R,
-            page_table_RP,
-            len(offset_K),
-            mask,
-            pools[::2] + pools[1::2],
-            stack.parts,
-            stack.shared(len(pools[0])),
-            stack.sizes,
-            stack.numbers,
+            anchor_R, position_R, page_table_RP, len(offset_K), mask, constants(pools[::2] + pools[1::2])
         )
         return block
 
@@ -83,20 +75,11 @@ def native_context(body: Body) -> Forward | None:
     stack, backbone = stack_of(body), body.backbone
     if stack is None:
         return None
-    fc, norm_D = backbone.fc.get_buffer("packed"), backbone.hidden_norm.weight
+    fc, norm_D, constants = backbone.fc.get_buffer("packed"), backbone.hidden_norm.weight, Binding(stack)
 
     def forward(taps_TD: Tensor, position_T: Tensor, slot_T: Tensor, *pools: Tensor) -> Sequence[Tensor]:
-        embedding, _, head, cos, sin = stack.shared(len(pools[0]))
         torch.ops.dspark.draft_context.default(
-            taps_TD,
-            position_T,
-            slot_T,
-            fc,
-            pools[::2] + pools[1::2],
-            stack.parts,
-            (embedding, norm_D, head, cos, sin),
-            stack.sizes,
-            stack.numbers,
+            taps_TD, position_T, slot_T, fc, norm_D, constants(pools[::2] + pools[1::2])
         )
         return (slot_T + 1,)
 
@@ -112,7 +95,7 @@ class NativeRound:
         backbone, rank = body.backbone, markov.markov_w1.weight.shape[1]
         seen, bias = confidence.proj.weight[0].float(), confidence.proj.bias.float()
         unseen = seen.new_zeros(0 if confidence.rank else rank)
-        self.stack, self.mask = stack, body.mask_token_id
+        self.binding, self.mask = Binding(stack), body.mask_token_id
         self.pools = [*(key for key, _ in body.pools), *(value for _, value in body.pools)]
         self.context = (backbone.fc.get_buffer("packed"), backbone.hidden_norm.weight)
         self.head = (markov.markov_w1.weight, packed_w2)
@@ -120,7 +103,6 @@ class NativeRound:
 
     def __call__(self, pending: Rows | tuple[()], context: DraftContext, tempered: Tempered) -> Draft:
         """What `extend` of the pending rows and then `propose` do."""
-        stack = self.stack
         token_RK, law_RKV, confidence_RK = torch.ops.dspark.draft_round.default(
             pending,
             *self.context,
@@ -132,11 +114,7 @@ class NativeRound:
             tempered.temperature_R,
             tempered.uniform_RK,
             self.seen,
-            self.pools,
-            stack.parts,
-            stack.shared(len(self.pools[0])),
-            stack.sizes,
-            stack.numbers,
+            self.binding(self.pools),
         )
         return Draft(token_RK, law_RKV, confidence_RK, [context.slots] * len(context.request_ids))
 

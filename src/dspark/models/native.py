@@ -6,6 +6,7 @@ P positions, d head size.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,6 @@ class Stack:
     angles: Angles
     sizes: list[int]
     numbers: list[float]
-    tables: dict[int, list[Tensor]]  # by page slots
 
     @classmethod
     def of(
@@ -86,15 +86,38 @@ class Stack:
         held = tuple(part for parts in kept for part in parts if part is not None)
         sizes = [len(kept), hidden, heads, groups, size, inner, head.out_features, page_size]
         norm_D = norm.get_parameter("weight")
-        return cls(torch.tensor(rows), held, table, norm_D, head.packed, angles, sizes, [_eps(norm), scale], {})
+        return cls(torch.tensor(rows), held, table, norm_D, head.packed, angles, sizes, [_eps(norm), scale])
 
-    def shared(self, slots: int) -> list[Tensor]:
-        """Embedding, last norm, head and the angles of every position that `slots` tokens of pages can have."""
-        if slots not in self.tables:
-            self.tables.clear()
-            cos_Pd, sin_Pd = (x.contiguous() for x in self.angles(torch.arange(slots + SPARE)))
-            self.tables[slots] = [self.embedding_VD, self.norm_D, self.head, cos_Pd, sin_Pd]
-        return self.tables[slots]
+
+class Binding:
+    """A stack's constants (`Constants` of decoder.h) over the pools it was last asked for; keeps alive what they hold."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self._pool: weakref.ref[Tensor] | None = None  # the first: pools live and die together
+        self._constants = torch.empty(0, dtype=torch.int64)
+        self._shared: tuple[Tensor, ...] = ()
+
+    def __call__(self, pools: Sequence[Tensor]) -> Tensor:
+        """int64; `pools` are those of every layer's keys, then of every layer's values, [slots, heads, d] each."""
+        if self._pool is None or self._pool() is not pools[0]:
+            self._bind(pools)
+        return self._constants
+
+    def _bind(self, pools: Sequence[Tensor]) -> None:
+        stack = self.stack
+        cos_Pd, sin_Pd = (x.contiguous() for x in stack.angles(torch.arange(len(pools[0]) + SPARE)))
+        self._shared = (stack.embedding_VD, stack.norm_D, stack.head, cos_Pd, sin_Pd)
+        addresses = [x.data_ptr() for x in self._shared], [pool.data_ptr() for pool in pools]
+        self._constants = torch.cat(
+            [
+                torch.tensor([*stack.sizes, stack.embedding_VD.element_size()]),
+                torch.tensor(stack.numbers, dtype=torch.float64).view(torch.int64),
+                torch.tensor([*addresses[0], len(cos_Pd), *addresses[1]]),
+                stack.parts.flatten(),
+            ]
+        )
+        self._pool = weakref.ref(pools[0])
 
 
 def _parts(layer: nn.Module, dtype: torch.dtype) -> list[Tensor | None] | None:
@@ -157,18 +180,9 @@ class NativeDecoder:
     """`RaggedForward` of a target by the kernel."""
 
     def __init__(self, stack: Stack, taps: Sequence[int]) -> None:
-        self.stack, self.taps = stack, list(taps)
+        self.constants, self.taps = Binding(stack), list(taps)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """(logits_BV,) or (logits_BV, taps_TkD) of `RaggedForward`'s arguments."""
-        stack, pools = self.stack, tensors[7:]
-        logits_BV, taps_TkD = torch.ops.dspark.decoder.default(
-            *tensors[:7],
-            pools,
-            stack.parts,
-            stack.shared(len(pools[0])),
-            self.taps,
-            stack.sizes,
-            stack.numbers,
-        )
+        logits_BV, taps_TkD = torch.ops.dspark.decoder.default(*tensors[:7], self.constants(tensors[7:]), self.taps)
         return (logits_BV, taps_TkD) if self.taps else (logits_BV,)

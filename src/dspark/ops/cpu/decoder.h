@@ -8,6 +8,7 @@
 
 #include <omp.h>
 
+#include <cstring>
 #include <memory>
 #include <tuple>
 #include <vector>
@@ -225,37 +226,57 @@ class Decoder {
 
 // ---- as tensor functions -------------------------------------------------------------------------------------------
 
-// What does not change between calls: [sizes] is layers, D, H, G, d, I, V, page size; [numbers] is ε and the scale.
-template <typename Scalar>
-Weights<Scalar> weights_of(at::TensorList pools, const Tensor& parts, at::TensorList shared) {
-  Weights<Scalar> w{parts.const_data_ptr<int64_t>(), nullptr, nullptr, nullptr, nullptr, nullptr, {}, {}};
-  const Scalar** at[] = {&w.embedding, &w.norm, &w.head, &w.cos, &w.sin};
-  for (size_t i = 0; i < shared.size(); ++i) *at[i] = shared[i].const_data_ptr<Scalar>();
-  for (size_t i = 0; i < pools.size(); ++i)
-    (i < pools.size() / 2 ? w.pool_k : w.pool_v).push_back(pools[i].data_ptr<Scalar>());
-  return w;
-}
+// What does not change between calls, as models/native.py lays it out: one tensor, for a list of them costs a step 50 µs.
+struct Constants {
+  enum Place { SIZES = 0, BYTES = 8, NUMBERS = 9, SHARED = 11, ANGLES = 16, POOLS = 17 };
+  const int64_t* at;
+  explicit Constants(const Tensor& constants) : at(constants.const_data_ptr<int64_t>()) {}
 
-inline Sizes sizes_of(at::IntArrayRef n, at::ArrayRef<double> numbers, bool causal) {
-  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], float(numbers[0]), float(numbers[1]), causal};
-}
+  Sizes sizes(bool causal) const {
+    double numbers[2];
+    std::memcpy(numbers, at + NUMBERS, sizeof numbers);
+    return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], float(numbers[0]), float(numbers[1]), causal};
+  }
 
-inline void check_positions(const int64_t* position, int64_t count, const Tensor& cos) {
-  for (int64_t t = 0; t < count; ++t)
-    TORCH_CHECK(position[t] >= 0 && position[t] < cos.size(0), "position ", position[t], " has no angle");
-}
+  at::ScalarType type() const { return at[BYTES] == 4 ? at::kFloat : at::kBFloat16; }
+
+  template <typename Scalar>
+  Weights<Scalar> weights() const {
+    const int64_t layers = at[SIZES];
+    Weights<Scalar> w{at + POOLS + 2 * layers, nullptr, nullptr, nullptr, nullptr, nullptr, {}, {}};
+    const Scalar** shared[] = {&w.embedding, &w.norm, &w.head, &w.cos, &w.sin};
+    for (int i = 0; i < 5; ++i) *shared[i] = reinterpret_cast<const Scalar*>(at[SHARED + i]);
+    for (int64_t i = 0; i < layers; ++i) {
+      w.pool_k.push_back(reinterpret_cast<Scalar*>(at[POOLS + i]));
+      w.pool_v.push_back(reinterpret_cast<Scalar*>(at[POOLS + layers + i]));
+    }
+    return w;
+  }
+
+  void check_positions(const int64_t* position, int64_t count) const {
+    for (int64_t t = 0; t < count; ++t)
+      TORCH_CHECK(position[t] >= 0 && position[t] < at[ANGLES], "position ", position[t], " has no angle");
+  }
+
+  // `work` with a value of the weights' type.
+  template <typename Work>
+  void typed(const Work& work) const {
+    if (type() == at::kFloat) work(float{});
+    else work(at::BFloat16{});
+  }
+};
 
 std::tuple<Tensor, Tensor> decoder(const Tensor& token, const Tensor& position, const Tensor& slot, const Tensor& table,
-                                   const Tensor& cu, const Tensor& context, const Tensor& rows, at::TensorList pools,
-                                   const Tensor& parts, at::TensorList shared, at::IntArrayRef taps, at::IntArrayRef sizes,
-                                   at::ArrayRef<double> numbers) {
-  const Sizes s = sizes_of(sizes, numbers, true);
+                                   const Tensor& cu, const Tensor& context, const Tensor& rows, const Tensor& constants,
+                                   at::IntArrayRef taps) {
+  const Constants constant(constants);
+  const Sizes s = constant.sizes(true);
   const int64_t T = token.size(0), B = rows.size(0), count = taps.size();
-  Tensor logits = at::empty({B, s.V}, pools[0].options()), tapped = at::empty({T, count * s.D}, pools[0].options());
+  Tensor logits = at::empty({B, s.V}, constant.type()), tapped = at::empty({T, count * s.D}, constant.type());
   const Tensor wanted = rows.contiguous(), pages = table.contiguous();
-  check_positions(position.const_data_ptr<int64_t>(), T, shared[3]);
-  auto run_all = [&]<typename Scalar>(Scalar) {
-    const Weights<Scalar> w = weights_of<Scalar>(pools, parts, shared);
+  constant.check_positions(position.const_data_ptr<int64_t>(), T);
+  constant.typed([&]<typename Scalar>(Scalar) {
+    const Weights<Scalar> w = constant.weights<Scalar>();
     const Rows<Scalar> in{T, cu.size(0) - 1, table.size(1), token.const_data_ptr<int64_t>(),
                           position.const_data_ptr<int64_t>(), slot.const_data_ptr<int64_t>(),
                           pages.const_data_ptr<int32_t>(), cu.const_data_ptr<int32_t>(), context.const_data_ptr<int32_t>()};
@@ -265,9 +286,7 @@ std::tuple<Tensor, Tensor> decoder(const Tensor& token, const Tensor& position, 
       decoder.run(id, taps, tapped.data_ptr<Scalar>());
       decoder.finish(id, wanted.const_data_ptr<int64_t>(), B, nullptr, logits.data_ptr<Scalar>());
     });
-  };
-  if (logits.scalar_type() == at::kFloat) run_all(float{});
-  else run_all(at::BFloat16{});
+  });
   return {logits, tapped};
 }
 

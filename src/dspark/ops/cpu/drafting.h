@@ -61,22 +61,22 @@ class Context {
   }
 };
 
-void draft_context(const Tensor& taps, const Tensor& position, const Tensor& slot, const Tensor& fc, at::TensorList pools,
-                   const Tensor& parts, at::TensorList shared, at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
-  const Sizes s = sizes_of(sizes, numbers, false);
+void draft_context(const Tensor& taps, const Tensor& position, const Tensor& slot, const Tensor& fc, const Tensor& norm,
+                   const Tensor& constants) {
+  const Constants constant(constants);
+  const Sizes s = constant.sizes(false);
   const int64_t T = position.size(0);
   const Tensor rows = taps.contiguous();
-  check_positions(position.const_data_ptr<int64_t>(), T, shared[3]);
-  auto run_all = [&]<typename Scalar>(Scalar) {
-    const Weights<Scalar> w = weights_of<Scalar>(pools, parts, shared);
+  constant.check_positions(position.const_data_ptr<int64_t>(), T);
+  constant.typed([&]<typename Scalar>(Scalar) {
+    Weights<Scalar> w = constant.weights<Scalar>();
+    w.norm = norm.const_data_ptr<Scalar>();
     const Rows<Scalar> in{T, 0, 0, nullptr, position.const_data_ptr<int64_t>(), slot.const_data_ptr<int64_t>(),
                           nullptr, nullptr, nullptr};
     Team team;
     Context<Scalar> context(s, w, in, rows.const_data_ptr<Scalar>(), rows.size(1), fc.const_data_ptr<Scalar>(), team);
     team.run([&](int64_t id) { context.run(id); });
-  };
-  if (rows.scalar_type() == at::kFloat) run_all(float{});
-  else run_all(at::BFloat16{});
+  });
 }
 
 // The inputs of one block a request: its anchor, then masks.
@@ -104,16 +104,15 @@ struct Block {
 
 // Final hidden states [R, W, D] and base logits [R, W, V] of a block of W inputs a request.
 std::tuple<Tensor, Tensor> draft_block(const Tensor& anchor, const Tensor& position, const Tensor& table, int64_t width,
-                                       int64_t mask, at::TensorList pools, const Tensor& parts, at::TensorList shared,
-                                       at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
-  const Sizes s = sizes_of(sizes, numbers, false);
+                                       int64_t mask, const Tensor& constants) {
+  const Constants constant(constants);
+  const Sizes s = constant.sizes(false);
   const Block block(anchor, position, width, mask);
-  Tensor hidden = at::empty({block.R, width, s.D}, pools[0].options());
-  Tensor base = at::empty({block.R, width, s.V}, pools[0].options());
+  Tensor hidden = at::empty({block.R, width, s.D}, constant.type()), base = at::empty({block.R, width, s.V}, constant.type());
   const Tensor pages = table.contiguous();
-  check_positions(block.places.data(), block.T, shared[3]);
-  auto run_all = [&]<typename Scalar>(Scalar) {
-    const Weights<Scalar> w = weights_of<Scalar>(pools, parts, shared);
+  constant.check_positions(block.places.data(), block.T);
+  constant.typed([&]<typename Scalar>(Scalar) {
+    const Weights<Scalar> w = constant.weights<Scalar>();
     const Rows<Scalar> in = block.rows<Scalar>(pages);
     Team team;
     Decoder<Scalar> decoder(s, w, in, team);
@@ -121,9 +120,7 @@ std::tuple<Tensor, Tensor> draft_block(const Tensor& anchor, const Tensor& posit
       decoder.run(id, {}, nullptr);
       decoder.finish(id, nullptr, block.T, hidden.data_ptr<Scalar>(), base.data_ptr<Scalar>());
     });
-  };
-  if (hidden.scalar_type() == at::kFloat) run_all(float{});
-  else run_all(at::BFloat16{});
+  });
   return {hidden, base};
 }
 
@@ -184,16 +181,16 @@ std::tuple<Tensor, Tensor, Tensor> draft_round(at::TensorList pending, const Ten
                                                const Tensor& anchor, const Tensor& position, const Tensor& table,
                                                int64_t mask, const Tensor& w1, const Tensor& packed,
                                                const Tensor& temperature, const Tensor& uniform, const Tensor& seen,
-                                               at::TensorList pools, const Tensor& parts, at::TensorList shared,
-                                               at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
-  const Sizes s = sizes_of(sizes, numbers, false);
+                                               const Tensor& constants) {
+  const Constants constant(constants);
+  const Sizes s = constant.sizes(false);
   const Tensor uniforms = uniform.contiguous(), heats = temperature.contiguous(), pages = table.contiguous();
   const Block block(anchor, position, uniforms.size(1), mask);
-  check_positions(block.places.data(), block.T, shared[3]);
-  if (!pending.empty()) check_positions(pending[1].const_data_ptr<int64_t>(), pending[1].size(0), shared[3]);
+  constant.check_positions(block.places.data(), block.T);
+  if (!pending.empty()) constant.check_positions(pending[1].const_data_ptr<int64_t>(), pending[1].size(0));
   std::tuple<Tensor, Tensor, Tensor> result;
-  auto run_all = [&]<typename Scalar>(Scalar) {
-    const Weights<Scalar> w = weights_of<Scalar>(pools, parts, shared);
+  constant.typed([&]<typename Scalar>(Scalar) {
+    const Weights<Scalar> w = constant.weights<Scalar>();
     Weights<Scalar> of_context = w;
     of_context.norm = context_norm.const_data_ptr<Scalar>();
     const Rows<Scalar> in = block.rows<Scalar>(pages);
@@ -212,9 +209,7 @@ std::tuple<Tensor, Tensor, Tensor> draft_round(at::TensorList pending, const Ten
       round.run(id);
     });
     result = round.result();
-  };
-  if (w1.scalar_type() == at::kFloat) run_all(float{});
-  else run_all(at::BFloat16{});
+  });
   return result;
 }
 

@@ -32,17 +32,16 @@ TORCH_LIBRARY_FRAGMENT(dspark, library) {
       "Tensor confidence_base, Tensor confidence_w, Tensor? packed) -> (Tensor, Tensor, Tensor)");
   library.def(
       "decoder(Tensor token, Tensor position, Tensor slot, Tensor table, Tensor cu, Tensor context, Tensor rows, "
-      "Tensor(a!)[] pools, Tensor parts, Tensor[] shared, int[] taps, int[] sizes, float[] numbers) -> (Tensor, Tensor)");
+      "Tensor constants, int[] taps) -> (Tensor, Tensor)");
   library.def(
-      "draft_context(Tensor taps, Tensor position, Tensor slot, Tensor fc, Tensor(a!)[] pools, Tensor parts, "
-      "Tensor[] shared, int[] sizes, float[] numbers) -> ()");
+      "draft_context(Tensor taps, Tensor position, Tensor slot, Tensor fc, Tensor norm, Tensor constants) -> ()");
   library.def(
-      "draft_block(Tensor anchor, Tensor position, Tensor table, int width, int mask, Tensor[] pools, Tensor parts, "
-      "Tensor[] shared, int[] sizes, float[] numbers) -> (Tensor, Tensor)");
+      "draft_block(Tensor anchor, Tensor position, Tensor table, int width, int mask, Tensor constants) "
+      "-> (Tensor, Tensor)");
   library.def(
       "draft_round(Tensor[] pending, Tensor fc, Tensor context_norm, Tensor anchor, Tensor position, Tensor table, "
-      "int mask, Tensor w1, Tensor packed, Tensor temperature, Tensor uniform, Tensor seen, Tensor(a!)[] pools, "
-      "Tensor parts, Tensor[] shared, int[] sizes, float[] numbers) -> (Tensor, Tensor, Tensor)");
+      "int mask, Tensor w1, Tensor packed, Tensor temperature, Tensor uniform, Tensor seen, Tensor constants) "
+      "-> (Tensor, Tensor, Tensor)");
   library.def("uniforms(int[] seeds, int[] counters, int[] offsets, int[] streams) -> Tensor");
   library.def("nucleus(Tensor probability, Tensor top_p) -> Tensor");
   library.def(
