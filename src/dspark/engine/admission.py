@@ -40,7 +40,8 @@ class Schedule:
         """
         if all(self.limits) or not any(self.limits):
             return None
-        order = sorted(range(len(self.sampled)), key=lambda index: not self.limits[index])
+        order = [index for index, limit in enumerate(self.limits) if limit]
+        order += [index for index, limit in enumerate(self.limits) if not limit]
         self.sampled = [self.sampled[index] for index in order]
         self.limits = [self.limits[index] for index in order]
         self.rows = [self.rows[index] for index in order]

@@ -61,7 +61,7 @@ class Planning:
 
         def answer(confidence_R: Tensor) -> bool:
             nonlocal drawn
-            raw_RK[:drafting, drawn] = as_array(confidence_R.cpu())
+            raw_RK[:drafting, drawn] = as_array(confidence_R.cpu().numpy())
             drawn += 1
             said_RK = raw_RK if self.calibration is None else self.calibration.confidence(round, raw_RK)
             return bool(decide(round, said_RK[:drafting, :drawn].prod(1), drawn))
@@ -100,16 +100,16 @@ class Planning:
         """How many drafted tokens of each request are verified, within what was drafted and what fits."""
         if draft is None or self._round is None:
             return [0] * len(schedule.sampled)
-        limit_R = list(map(min, schedule.limits, draft.length_R))
+        limit_R = [most if most < own else own for own, most in zip(schedule.limits, draft.length_R, strict=True)]
         self._round = self._round.drafted(limit_R, schedule.limits)
-        confidence_RK: Array = as_array(draft.confidence_RK.cpu())
+        confidence_RK: Array = as_array(draft.confidence_RK.cpu().numpy())
         missing = max(schedule.limits) - confidence_RK.shape[1]
         if missing > 0:  # where a block ended tells of its tokens: a planner sees as many slots as it asked for
             confidence_RK = np.pad(confidence_RK, ((0, 0), (0, missing)))
         self._raw_RK = confidence_RK
         if self.calibration is not None:
             confidence_RK = self.calibration.confidence(self._round, confidence_RK)
-        self._survival_RK = np.asarray(np.cumprod(confidence_RK, axis=1), dtype=np.float64)
+        self._survival_RK = np.asarray(np.multiply.accumulate(confidence_RK, axis=1))
         plan = self.planner.plan(self._round, self._survival_RK)
         for r in self._audited:
             plan[r] = limit_R[r]

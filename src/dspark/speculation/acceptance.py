@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dspark.speculation.round import Array, Outcome, Round
 
@@ -31,7 +32,7 @@ class Acceptance:
         self.first = list(first)
         self.reached_K = np.zeros(0)
         self.passed_K = np.zeros(0)
-        self._circles: dict[object, _Odds] = {}
+        self._groups, self._requests = _Odds(), _Odds()
 
     def learn(self, outcomes: Sequence[Outcome]) -> None:
         """Take finished rounds, all at once."""
@@ -47,34 +48,31 @@ class Acceptance:
         self.reached_K[:slots] += reached_NK.sum(0)
         self.passed_K[:slots] += passed_NK.sum(0)
         yes_N, expected_N, all_N = passed_NK.sum(1), reached_NK @ self.conditional(slots), reached_NK.sum(1)
-        rows = np.stack([yes_N, all_N - yes_N, expected_N], 1).tolist()
-        whose_N = [circle for outcome in outcomes for circle in circles(outcome.round)]
-        for (group, request), row in zip(whose_N, rows, strict=True):
-            if row[0] + row[1]:
-                for circle in (group, request):
-                    odds = self._circles.pop(circle, None) or _Odds()  # the order is that of the last round
-                    odds.add(*row)
-                    self._circles[circle] = odds
-        while len(self._circles) > FORGET_AFTER:
-            del self._circles[next(iter(self._circles))]
+        row_N3 = np.stack([yes_N, all_N - yes_N, expected_N], 1)
+        tried_N = all_N > 0
+        for odds, circles in ((self._groups, groups_of), (self._requests, requests_of)):
+            odds.add([circle for outcome in outcomes for circle in circles(outcome.round)], row_N3, tried_N)
 
     def conditional(self, slots: int) -> Array:
         """Everyone's conditional acceptance by slot, [K]."""
         self._grow(slots)
-        return np.clip(self.passed_K[:slots] / self.reached_K[:slots], 1e-4, 1 - 1e-4)
+        mean_K = self.passed_K[:slots] / self.reached_K[:slots]
+        return np.asarray(np.minimum(np.maximum(mean_K, 1e-4), 1 - 1e-4))
 
     def survival(self, round: Round, slots: int) -> Array:
         """What each request's slots are expected to survive, [R, K]."""
         mean_K = self.conditional(slots)
         odds_K = mean_K / (1 - mean_K)
-        factor_R = np.array([self.factor(*circle) for circle in circles(round)])
-        odds_RK = factor_R[:, None] * odds_K
-        return np.asarray(np.cumprod(odds_RK / (1 + odds_RK), axis=1), dtype=np.float64)
+        odds_RK = self.factors(groups_of(round), requests_of(round))[:, None] * odds_K
+        return np.asarray(np.multiply.accumulate(odds_RK / (1 + odds_RK), axis=1))
 
-    def factor(self, group: object, request: object) -> float:
-        """By how much a request's odds of acceptance differ from everyone's."""
-        wider = self._circles[group].factor(1.0) if group in self._circles else 1.0
-        return self._circles[request].factor(wider) if request in self._circles else wider
+    def group_factor(self, group: str) -> float:
+        """By how much a group's odds of acceptance differ from everyone's."""
+        return float(self._groups.factors([group], np.ones(1))[0])
+
+    def factors(self, groups: Sequence[str], requests: Sequence[int]) -> Array:
+        """By how much each request's odds of acceptance differ from everyone's, [R]."""
+        return self._requests.factors(requests, self._groups.factors(groups, np.ones(len(groups))))
 
     def _grow(self, slots: int) -> None:
         while len(self.reached_K) < slots:
@@ -85,26 +83,61 @@ class Acceptance:
 
 
 class _Odds:
-    """Accepted and rejected tokens of one circle of requests, forgetting, beside what everyone's rate predicts."""
+    """Accepted and rejected tokens of circles of requests, forgetting, beside what everyone's rate predicts.
 
-    __slots__ = ("expected", "no", "yes")
+    C circles; row 0 stands for those nothing is known of.
+    """
 
     def __init__(self) -> None:
-        self.yes = self.no = self.expected = 0.0
+        self._row: dict[object, int] = {}
+        self._count_C3 = np.zeros((1, 3))  # accepted, rejected, expected
+        self._heard_C = np.zeros(1, dtype=np.int64)  # when last
+        self._clock = 0
 
-    def add(self, yes: float, no: float, expected: float) -> None:
-        """One round."""
-        self.yes = OWN_MEMORY * self.yes + yes
-        self.no = OWN_MEMORY * self.no + no
-        self.expected = OWN_MEMORY * self.expected + expected
+    def add(self, circles: Sequence[object], round_N3: Array, counts_N: NDArray[np.bool_]) -> None:
+        """Rounds in their order, each of its circle, where it `counts`: a round forgets a share of those before it."""
+        row_N = np.array(list(map(self._row_of, circles)))[counts_N]
+        order_N = np.argsort(row_N, kind="stable")
+        row_N, round_N3 = row_N[order_N], round_N3[counts_N][order_N]
+        if not len(row_N):
+            return
+        first_N = np.flatnonzero(np.append(True, row_N[1:] != row_N[:-1]))  # of each circle
+        rounds_N = np.diff(np.append(first_N, len(row_N)))
+        later_N = np.repeat(first_N + rounds_N, rounds_N) - 1 - np.arange(len(row_N))
+        fresh_N3 = np.add.reduceat(round_N3 * (OWN_MEMORY**later_N)[:, None], first_N, axis=0)
+        row_N = row_N[first_N]
+        self._count_C3[row_N] = self._count_C3[row_N] * (OWN_MEMORY**rounds_N)[:, None] + fresh_N3
+        self._clock += 1
+        self._heard_C[row_N] = self._clock
+        if len(self._row) > FORGET_AFTER:
+            self._forget()
 
-    def factor(self, wider: float) -> float:
-        """Its odds over everyone's, drawn towards the wider circle's."""
-        total = self.yes + self.no
-        mean = min(max(self.expected / total, 1e-4), 1 - 1e-4) if total else 0.5
-        odds = mean / (1 - mean)
-        prior = wider * odds / (1 + wider * odds)
-        return (self.yes + PRIOR * prior) / (self.no + PRIOR * (1 - prior)) / odds
+    def factors(self, circles: Sequence[object], wider_R: Array) -> Array:
+        """Their odds over everyone's, drawn towards the wider circle's."""
+        row = self._row
+        yes_R, no_R, expected_R = self._count_C3[[row.get(circle, 0) for circle in circles]].T
+        mean_R = expected_R / np.maximum(yes_R + no_R, 1e-9)
+        mean_R[yes_R + no_R == 0.0] = 0.5
+        mean_R = np.minimum(np.maximum(mean_R, 1e-4), 1 - 1e-4)
+        odds_R = mean_R / (1 - mean_R)
+        prior_R = wider_R * odds_R / (1 + wider_R * odds_R)
+        return np.asarray((yes_R + PRIOR * prior_R) / (no_R + PRIOR * (1 - prior_R)) / odds_R)
+
+    def _row_of(self, circle: object) -> int:
+        row = self._row.get(circle)
+        if row is None:
+            row = self._row[circle] = 1 + len(self._row)
+            if row == len(self._count_C3):
+                self._count_C3 = np.concatenate([self._count_C3, np.zeros_like(self._count_C3)])
+                self._heard_C = np.concatenate([self._heard_C, np.zeros_like(self._heard_C)])
+        return row
+
+    def _forget(self) -> None:
+        """Drop all but those heard of last."""
+        kept = sorted(self._row, key=lambda circle: -self._heard_C[self._row[circle]])[: FORGET_AFTER // 2]
+        row_C = np.array([0, *(self._row[circle] for circle in kept)])
+        self._count_C3, self._heard_C = self._count_C3[row_C], self._heard_C[row_C]
+        self._row = {circle: 1 + place for place, circle in enumerate(kept)}
 
 
 def filled_in(outcomes: Sequence[Outcome]) -> tuple[Array, Array]:
@@ -128,10 +161,11 @@ def filled_in(outcomes: Sequence[Outcome]) -> tuple[Array, Array]:
     return reached_NK, passed_NK
 
 
-def circles(round: Round) -> list[tuple[object, object]]:
-    """(group, request) of each request; groups are names, requests numbers, so they never meet."""
-    if not round.request_ids:
-        return [("", -1 - r) for r in range(round.requests)]
-    return [
-        (params.speculation_group, request) for params, request in zip(round.params_R, round.request_ids, strict=True)
-    ]
+def groups_of(round: Round) -> list[str]:
+    """The group of each request."""
+    return [params.speculation_group for params in round.params_R] or [""] * round.requests
+
+
+def requests_of(round: Round) -> Sequence[int]:
+    """The number of each request; where there are none, ones that no request has."""
+    return round.request_ids or range(-round.requests, 0)

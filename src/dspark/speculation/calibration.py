@@ -19,12 +19,12 @@ import numpy as np
 from dspark.common.errors import UserError
 from dspark.common.files import replacing_file
 from dspark.common.sampling_params import SamplingParams
+from dspark.ops.calibrated import bent, logit, sigmoid
 from dspark.speculation.round import Array
 
 FILE = "calibration.json"  # beside a drafter's config.json
 SGLANG_FILE = "calibration_sglang.json"
 FORMAT = 1
-LEAST = 6e-6  # a confidence nearer to 0 or 1 counts as this
 LAWS = ("greedy", "sampled", "coupled")
 """How a request samples decides how often drafts are accepted: at temperature 0, above it, by the coupled rule."""
 
@@ -126,28 +126,6 @@ class Calibration:
             return Calibration(size, fits, signal, dict(held.get("source", {})))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is a damaged calibration ({error!r}); {way_out}") from error
-
-
-def logit(confidence: Array) -> Array:
-    """log(c / (1 - c)), within about ±12; what is not a number counts as never."""
-    c = np.fmin(np.fmax(confidence, LEAST), 1.0 - LEAST)  # fmax takes the number where the other is none
-    return np.log(c / (1.0 - c))
-
-
-def sigmoid(z: Array) -> Array:
-    """1 / (1 + exp(-z))."""
-    return 1.0 / (1.0 + np.exp(-z))
-
-
-def bent(confidence_RK: Array, curve_KG: Array) -> Array:
-    """Confidences whose product at every slot is the curve of what it was, never more than at the slot before."""
-    slots, last = confidence_RK.shape[1], curve_KG.shape[1] - 1
-    place_RK = np.cumprod(confidence_RK, axis=1) * last
-    cell_RK = np.minimum(place_RK.astype(np.intp), last - 1)
-    low_RK, high_RK = (np.take_along_axis(curve_KG[:slots].T, cell_RK + step, 0) for step in (0, 1))
-    survival_RK = np.minimum.accumulate(low_RK + (high_RK - low_RK) * (place_RK - cell_RK), axis=1)
-    before_RK = np.concatenate([np.ones((len(survival_RK), 1)), survival_RK[:, :-1]], 1)
-    return np.asarray(survival_RK / np.maximum(before_RK, LEAST), dtype=np.float64)
 
 
 def _fit_of(values: dict[str, Any], slots: int) -> Fit:

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from dspark.common.errors import UserError
-from dspark.speculation.calibration import Fit, logit, sigmoid
+from dspark.ops.calibrated import logit, sigmoid
+from dspark.speculation.calibration import Fit
 from dspark.speculation.reliability import RoundRecord, expected_calibration_error, reliability
 from dspark.speculation.round import Array
 

@@ -73,7 +73,8 @@ class Guard:
         plain = float(seconds_N1[0])
         price = float(seconds_N1[planned])
         if drafting:
-            price += prices.drafting(round, max(round.limit_R), sum(n > 0 for n in round.asked_R or round.limit_R))
+            asked = round.asked_R or round.limit_R
+            price += prices.drafting(round, max(round.limit_R), len(asked) - asked.count(0))
         ratio = self._ratio(outcome, price, planned, prices)
         if ratio is None:
             return

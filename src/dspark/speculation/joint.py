@@ -6,16 +6,18 @@ R requests, K draft slots, M = 0..R requests that draft, N drafted tokens verifi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark.speculation.acceptance import Acceptance, circles
+from dspark.ops.walk import walk
+from dspark.speculation.acceptance import Acceptance, groups_of
 from dspark.speculation.ending import worth_drafting
 from dspark.speculation.guard import size_of
 from dspark.speculation.prices import Prices
 from dspark.speculation.round import Array, Outcome, Round, as_array
-from dspark.speculation.scheduled import Priced, RunningMeans, walk
+from dspark.speculation.scheduled import Priced, RunningMeans, widest
 from dspark.speculation.trials import STEPS, Trials
 from dspark.speculation.worth import Worth
 
@@ -47,6 +49,7 @@ class Joint(Priced):
         self.trials = Trials()
         self.rate = 0.0  # tokens (by worth) per second of the present choice: the price of a second
         self._chosen: dict[int, int] = {}  # slots by request
+        self._new: dict[str, int] = {}  # ... by group, of requests that the last decision did not know
         self._width = 0  # slots of those that draft
         self._tried_width = 0  # theirs, or the one that would come next to paying
         self._odds_K: list[float] = []  # everyone's, of acceptance
@@ -66,12 +69,13 @@ class Joint(Priced):
         if self._left <= 0 or size_of(round.requests) != self._size:
             self._decide(round)
         self._left -= 1
-        chosen, slots_R = self._chosen, []
-        for r, (request, limit) in enumerate(zip(_ids(round), round.limit_R, strict=True)):
-            slots = chosen.get(request)
-            if slots is None:
-                slots = chosen[request] = self._newcomer(round, r)
-            slots_R.append(min(slots, limit))
+        chosen, ids = self._chosen, _ids(round)
+        slots_R = [chosen.get(request, -1) for request in ids]
+        if -1 in slots_R:
+            groups = groups_of(round)
+            for r in (r for r, slots in enumerate(slots_R) if slots < 0):
+                slots_R[r] = chosen[ids[r]] = self._newcomer(round, groups[r])
+        slots_R = [limit if limit < slots else slots for slots, limit in zip(slots_R, round.limit_R, strict=True)]
         self._forbidden = 0
         if any(slots_R) and self.worth.alike and not self.guard.allows(round.requests):
             self._forbidden = round.requests
@@ -111,13 +115,8 @@ class Joint(Priced):
             worth_RK = a_RK if self.worth.alike else a_RK * weight_R[:, None]
             return np.minimum((worth_RK > self._bound).sum(1), round.limit_R).tolist()
         asked_R = round.asked_R or round.limit_R
-        seconds_N1 = self.prices.verifying(round, sum(asked_R))
-        ahead_KK = self.means.ahead(a_RK.shape[1])
-
-        def score(gain_N1: Array, admitted: int) -> Array:
-            return gain_N1 - self.rate * seconds_N1[admitted : admitted + len(gain_N1)]
-
-        return walk(a_RK * weight_R[:, None], round.limit_R, asked_R, ahead_KK, score)
+        seconds_N1, ahead_KK = self.prices.verifying(round, sum(asked_R)), self.means.ahead(a_RK.shape[1])
+        return walk(a_RK * weight_R[:, None], round.limit_R, asked_R, ahead_KK, seconds_N1, rate=self.rate)
 
     def observe(self, outcome: Outcome) -> None:
         """Keep the round for the next decision."""
@@ -131,9 +130,11 @@ class Joint(Priced):
         if self.worth.floors:
             self.worth.observe(outcome)
 
-    def _newcomer(self, round: Round, r: int) -> int:
+    def _newcomer(self, round: Round, group: str) -> int:
         """Slots of a request that no decision knows: the others', if its group's acceptance pays for them."""
-        factor = self.acceptance.factor(*circles(round)[r])
+        if group in self._new:
+            return self._new[group]
+        factor = self.acceptance.group_factor(group)
         survival, gain = 1.0, 0.0
         for odds in self._odds_K[: self._tried_width]:
             survival *= factor * odds / (1.0 + factor * odds)
@@ -141,11 +142,11 @@ class Joint(Priced):
         others = min(sum(slots > 0 for slots in self._chosen.values()), round.requests - 1)
         seconds = self.prices.drafting(round, self._tried_width, others + 1) + self._row * self._tried_width
         seconds -= self.prices.drafting(round, self._tried_width, others)
-        if gain <= self.rate * seconds * self.guard.factor(round.requests, drafting=True):
-            return 0
-        if not self._width:
+        pays = gain > self.rate * seconds * self.guard.factor(round.requests, drafting=True)
+        if pays and not self._width:
             self._left = 0  # somebody may be worth drafting for: weigh it all
-        return self._width
+        self._new[group] = self._width if pays else 0
+        return self._new[group]
 
     def _alone(self, survival_K: list[float], round: Round) -> int:
         """`walk` for one request: what it weighs at slot k is linear in its survival, so a bound decides."""
@@ -175,7 +176,7 @@ class Joint(Priced):
         self._size, self._decisions = size_of(round.requests), self._decisions + 1
         round = round.without_prefill()
         ids, most = _ids(round), max(round.limit_R)
-        self._chosen, self._left = dict.fromkeys(ids, 0), KEEP
+        self._chosen, self._new, self._left = dict.fromkeys(ids, 0), {}, KEEP
         self._stop_K, self._bound, self._width = [], None, 0
         if not most:
             return
@@ -198,10 +199,10 @@ class Joint(Priced):
         requests, most = round.requests, max(round.limit_R)
         step = sum(self.worth.of(round)) / self.rate
         cost = DECISION[0] + DECISION[1] * requests
-        self._left = min(max(round_up(cost / (DECIDING * step)), KEEP), LONGEST, 1 << min(self._decisions, 30))
-        drafting = [r for r, request in enumerate(_ids(round)) if self._chosen[request]]
-        self.trials.drafted([_ids(round)[r] for r in drafting])
+        drafting = [request for request in _ids(round) if self._chosen[request]]
+        self.trials.drafted(drafting)
         idle = [(r, request) for r, request in enumerate(_ids(round)) if not self._chosen[request] and round.limit_R[r]]
+        self._left = min(max(round_up(cost / (DECIDING * step)), KEEP), LONGEST, 1 << min(self._decisions, 30))
         if idle:
             self._try(round, idle, len(drafting), self._tried_width)
         elif self._width < most and self._decisions % WIDER == 0:
@@ -273,14 +274,10 @@ class Joint(Priced):
         if not rounds:
             return
         self.acceptance.learn(rounds)
-        width = max(o.survival_RK.shape[1] for o in rounds if o.survival_RK is not None)
-        alike = [o for o in rounds if o.survival_RK is not None and o.survival_RK.shape[1] == width]
-        limit_N = np.concatenate([o.round.limit_R for o in alike])
-        a_NK = np.concatenate([o.survival_RK for o in alike if o.survival_RK is not None])
-        self.means.observe(a_NK, limit_N.tolist(), len(alike))
-        full_N = limit_N == width
-        if full_N.sum() >= ENOUGH:
-            self._seen_NK = as_array(a_NK[full_N])
+        a_NK, limit_N, count = widest(rounds)
+        self.means.observe(a_NK, limit_N, count)
+        if limit_N.count(a_NK.shape[1]) >= ENOUGH:
+            self._seen_NK = a_NK[np.array(limit_N) == a_NK.shape[1]]
 
 
 def round_up(value: float) -> int:
@@ -288,5 +285,5 @@ def round_up(value: float) -> int:
     return math.ceil(min(value, 1e6))
 
 
-def _ids(round: Round) -> list[int] | range:
-    return list(round.request_ids) or range(round.requests)
+def _ids(round: Round) -> Sequence[int]:
+    return round.request_ids or range(round.requests)

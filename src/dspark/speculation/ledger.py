@@ -40,7 +40,7 @@ class Ledger:
         if len(plan) == 1:  # the step is short
             expected = sum(survival_RK[0].tolist()[:budget])
         else:
-            expected = float(survival_RK[np.arange(survival_RK.shape[1]) < np.asarray(plan)[:, None]].sum())
+            expected = float((survival_RK * (np.arange(survival_RK.shape[1]) < np.asarray(plan)[:, None])).sum())
         if expected == expected:  # a planner that reads no confidences may get none, as numbers that are no numbers
             self.expected += expected
             self.realised += sum(accepted_R)

@@ -5,6 +5,7 @@ N drafted tokens verified in a step.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Protocol
 
@@ -69,6 +70,7 @@ class Prices:
         return float(self.drafts(round, slots)[requests, slots])
 
 
+@functools.lru_cache(1 << 14)
 def _rounded(tokens: int) -> int:
     """A count of tokens, or one near it that stands for all alike."""
     return tokens if tokens < 16 else round(16 * STEP ** round(math.log(tokens / 16) / LOG_STEP))

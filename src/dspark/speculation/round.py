@@ -5,6 +5,7 @@ R requests, K draft slots.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -32,7 +33,7 @@ class Round:
         """R."""
         return len(self.limit_R)
 
-    @property
+    @functools.cached_property
     def context(self) -> int:
         """Tokens in the pages of all requests together."""
         return sum(self.context_R)
@@ -73,5 +74,5 @@ class Outcome:
 
 def as_array(survival_RK: object) -> Array:
     """Survival as float64 on the host; what is not a number survives never."""
-    array = np.asarray(survival_RK, dtype=np.float64)
-    return np.where(np.isnan(array), 0.0, array)
+    # fmax takes the other where one is no number
+    return np.asarray(np.fmax(np.asarray(survival_RK, dtype=np.float64), 0.0))

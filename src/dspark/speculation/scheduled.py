@@ -1,48 +1,61 @@
 """Planners that weigh each drafted token's chance against what one more row costs the step. (DSpark, alg. 1, §5.2)
 
-R requests, K draft slots, N candidates (request, slot) in the order of admission, J slots from the present one on.
+R requests, K draft slots, N candidates (request, slot) in the order of admission.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark.ops.walk import walk
 from dspark.speculation.guard import Guard
 from dspark.speculation.prices import Prices
 from dspark.speculation.round import Array, Outcome, Round, as_array
 
 LAG = 2  # steps between the confidences that give the budget and the step that spends it (DSpark, §5.2)
 MEMORY = 0.98  # of the running means, per round
+FEW, HEARD = 8, 256  # requests whose rounds are learnt from at once; of more, this many rounds together
 FIRST_MEAN = 0.7  # of a confidence, before any was seen
 
 
-class Candidates(NamedTuple):
-    """All drafted slots, best first; ties by slot, then request, never by anything a token decides."""
+class Candidates:
+    """All drafted slots of a round, best first; ties by slot, then request, never by anything a token decides.
 
-    request_N: NDArray[np.intp]
-    survival_N: Array
+    A request's slots stay in order, for survival never rises.
+    """
 
+    def __init__(self, survival_RK: Array, limit_R: Sequence[int]):
+        if min(limit_R) < survival_RK.shape[1]:
+            undrafted_RK = np.arange(survival_RK.shape[1]) >= np.asarray(limit_R)[:, None]
+            survival_RK = np.where(undrafted_RK, -1.0, survival_RK)
+        self.survival_RK = survival_RK
+        self.falling_N = np.sort(survival_RK, axis=None)[::-1][: sum(limit_R)]
 
-def candidates(survival_RK: Array, limit_R: Sequence[int]) -> Candidates:
-    """The drafted slots of a round by falling survival. A request's slots stay in order: survival never rises."""
-    requests, slots = survival_RK.shape
-    drafted_KR = np.arange(slots)[:, None] < np.asarray(limit_R)
-    flat = np.where(drafted_KR, survival_RK.T, -1.0).ravel()
-    order_N = np.argsort(-flat, kind="stable")[: int(drafted_KR.sum())]
-    return Candidates(order_N % requests, flat[order_N])
+    def __len__(self) -> int:
+        return len(self.falling_N)
+
+    def best(self, count: int) -> list[int]:
+        """How many of each request's slots are among the `count` best."""
+        if not count:
+            return [0] * len(self.survival_RK)
+        bound = self.falling_N[count - 1]
+        chosen_RK = self.survival_RK >= bound
+        spare = int(np.count_nonzero(chosen_RK)) - count
+        if spare:  # the last of those that are just as good
+            tied_N = np.flatnonzero(bound == self.survival_RK.T)[-spare:]
+            chosen_RK.T.flat[tied_N] = False
+        return chosen_RK.sum(1).tolist()
 
 
 def throughput(survival_N: Array, seconds_N1: Array, requests: int) -> Array:
     """Θ after n admissions, n = 0..N: expected tokens of the step over its seconds. (DSpark, §5.2)"""
-    tokens_N1 = np.empty(len(survival_N) + 1)
-    tokens_N1[0] = requests
-    np.cumsum(survival_N, out=tokens_N1[1:])
-    tokens_N1[1:] += requests
+    tokens_N1 = np.full(len(survival_N) + 1, float(requests))
+    tokens_N1[1:] += np.add.accumulate(survival_N)
     return tokens_N1 / seconds_N1
 
 
@@ -72,7 +85,7 @@ class Priced:
     def seconds(self, round: Round, most: int) -> Array:
         """Seconds of the step with 0..`most` drafted tokens verified."""
         asked = round.asked_R or round.limit_R
-        drafting = sum(1 for slots in asked if slots)
+        drafting = len(asked) - asked.count(0)
         return self.prices.verifying(round, most) + self.prices.drafting(round, max(asked, default=0), drafting)
 
 
@@ -86,11 +99,10 @@ class Greedy(Priced):
         """The plan of algorithm 1."""
         if survival_RK is None:
             return [0] * round.requests
-        found = candidates(as_array(survival_RK), round.limit_R)
-        theta_N1 = throughput(found.survival_N, self.seconds(round, len(found.survival_N)), round.requests)
-        no_better = theta_N1[1:] <= theta_N1[:-1]
-        stop = int(no_better.argmax()) if no_better.any() else len(no_better)
-        return _lengths(found.request_N[:stop], round.requests)
+        found = Candidates(as_array(survival_RK), round.limit_R)
+        theta_N1 = throughput(found.falling_N, self.seconds(round, len(found)), round.requests)
+        no_better = np.append(theta_N1[1:] <= theta_N1[:-1], True)
+        return found.best(int(no_better.argmax()))
 
 
 class Lagged(Priced):
@@ -109,11 +121,11 @@ class Lagged(Priced):
         """The best of the present candidates, as many as the budget."""
         if survival_RK is None:
             return [0] * round.requests
-        found = candidates(as_array(survival_RK), round.limit_R)
-        theta_N1 = throughput(found.survival_N, self.seconds(round, len(found.survival_N)), round.requests)
-        budget = self.budgets[0] if len(self.budgets) == self.lag else len(found.request_N)
+        found = Candidates(as_array(survival_RK), round.limit_R)
+        theta_N1 = throughput(found.falling_N, self.seconds(round, len(found)), round.requests)
+        budget = self.budgets[0] if len(self.budgets) == self.lag else len(found)
         self.budgets.append(int(theta_N1.argmax()))
-        return _lengths(found.request_N[:budget], round.requests)
+        return found.best(min(budget, len(found)))
 
 
 class Lookahead(Priced):
@@ -127,6 +139,7 @@ class Lookahead(Priced):
     def __init__(self, prices: Prices):
         super().__init__(prices)
         self.means = RunningMeans()
+        self._heard: list[Outcome] = []
 
     def plan(self, round: Round, survival_RK: Array | None) -> list[int]:
         """The plan of a walk over the slots."""
@@ -134,18 +147,26 @@ class Lookahead(Priced):
             return [0] * round.requests
         a_RK = as_array(survival_RK)
         asked_R = round.asked_R or round.limit_R
-        seconds_N1 = self.seconds(round, sum(asked_R))
-
-        def score(gain_N1: Array, admitted: int) -> Array:
-            return (round.requests + gain_N1) / seconds_N1[admitted : admitted + len(gain_N1)]
-
-        return walk(a_RK, round.limit_R, asked_R, self.means.ahead(a_RK.shape[1]), score)
+        seconds_N1, ahead_KK = self.seconds(round, sum(asked_R)), self.means.ahead(a_RK.shape[1])
+        return walk(a_RK, round.limit_R, asked_R, ahead_KK, seconds_N1, committed=round.requests)
 
     def observe(self, outcome: Outcome) -> None:
-        """Take the round's confidences into the running means."""
+        """Take the round's confidences into the running means; rounds of many requests several at a time."""
         super().observe(outcome)
-        if outcome.survival_RK is not None:
-            self.means.observe(outcome.survival_RK, outcome.round.limit_R)
+        if outcome.survival_RK is None:
+            return
+        self._heard.append(outcome)
+        if len(self._heard) * outcome.round.requests >= HEARD or outcome.round.requests <= FEW:
+            self.means.observe(*widest(self._heard))
+            self._heard = []
+
+
+def widest(outcomes: Sequence[Outcome]) -> tuple[Array, list[int], int]:
+    """Survival [N, K] and drafted slots of the outcomes with the most slots, one below the other; how many they are."""
+    found = [(o.survival_RK, o.round.limit_R) for o in outcomes if o.survival_RK is not None]
+    slots = max(a_RK.shape[1] for a_RK, _ in found)
+    found = [(a_RK, limit_R) for a_RK, limit_R in found if a_RK.shape[1] == slots]
+    return np.concatenate([a_RK for a_RK, _ in found]), [n for _, limit_R in found for n in limit_R], len(found)
 
 
 class RunningMeans:
@@ -166,15 +187,15 @@ class RunningMeans:
             more = slots - len(self.reached_K)
             self.reached_K = np.append(self.reached_K, np.ones(more))
             self.passed_K = np.append(self.passed_K, np.full(more, FIRST_MEAN))
-        drafted_RK = np.arange(slots) < np.asarray(limit_R)[:, None]
-        passed_RK = survival_RK * drafted_RK
-        reached_K = passed_RK[:, :-1].copy()
-        reached_K *= drafted_RK[:, 1:]
+        reaching_RK = survival_RK[:, :-1]
+        if min(limit_R) < slots:
+            drafted_RK = np.arange(slots) < np.asarray(limit_R)[:, None]
+            survival_RK, reaching_RK = survival_RK * drafted_RK, reaching_RK * drafted_RK[:, 1:]
         self.reached_K *= MEMORY**rounds
         self.passed_K *= MEMORY**rounds
-        self.reached_K[0] += drafted_RK[:, 0].sum()
-        self.reached_K[1:slots] += reached_K.sum(0)
-        self.passed_K[:slots] += passed_RK.sum(0)
+        self.reached_K[0] += len(limit_R) - limit_R.count(0)
+        self.reached_K[1:slots] += reaching_RK.sum(0)
+        self.passed_K[:slots] += survival_RK.sum(0)
 
     def ahead(self, slots: int) -> Array:
         """[K, K]: entry (k, j) is the expected survival of slot j over that of slot k; 0 where j < k."""
@@ -183,64 +204,13 @@ class RunningMeans:
         mean_K = np.full(slots, FIRST_MEAN)
         known = min(slots, len(self.reached_K))
         mean_K[:known] = self.passed_K[:known] / np.maximum(self.reached_K[:known], 1e-9)
-        ahead_KK = np.zeros((slots, slots))
-        for k in range(slots):
-            ahead_KK[k, k] = 1.0
-            np.cumprod(np.minimum(mean_K[k + 1 :], 1.0), out=ahead_KK[k, k + 1 :])
-        self._ahead_KK = ahead_KK
-        return ahead_KK
+        later_KK, upper_KK = _triangles(slots)
+        factor_KK = np.where(later_KK, np.minimum(mean_K, 1.0), 1.0)
+        self._ahead_KK = np.multiply.accumulate(factor_KK, axis=1) * upper_KK
+        return self._ahead_KK
 
 
-Score = Callable[[Array, int], Array]
-"""(gain of the first n candidates from here on, n = 0..N, admitted before them) -> what the step is then worth."""
-
-
-def walk(value_RK: Array, limit_R: Sequence[int], asked_R: Sequence[int], ahead_KK: Array, score: Score) -> list[int]:
-    """Admit slot by slot, for as long as the best set that holds the present slots is worth more than stopping.
-
-    `value_RK` is survival (times what the request's tokens are worth). At slot k it is read only for requests whose
-    slots before k are admitted. How many slots a drafter that stops early has drafted tells about their tokens, so
-    what lies beyond reaches to the slots that were asked for.
-    """
-    requests, slots = value_RK.shape
-    limit, asked = np.asarray(limit_R), np.asarray(asked_R)
-    length_R = np.zeros(requests, dtype=np.int64)
-    alive_A = np.arange(requests)
-    least, everywhere = min(limit_R), min(asked_R) == slots
-    gain, admitted = 0.0, 0
-    for k in range(slots):
-        if least <= k:
-            alive_A = alive_A[limit[alive_A] > k]
-        if not len(alive_A):
-            break
-        now_A = value_RK[alive_A, k]
-        beyond_AJ = now_A[:, None] * ahead_KK[k, k:]
-        if not everywhere:
-            beyond_AJ = beyond_AJ[np.arange(k, slots) < asked[alive_A, None]]
-        sorted_N = np.sort(beyond_AJ, axis=None)[::-1]
-        gain_N1 = np.empty(len(sorted_N) + 1)
-        gain_N1[0] = gain
-        np.cumsum(sorted_N, out=gain_N1[1:])
-        gain_N1[1:] += gain
-        best = int(score(gain_N1, admitted).argmax())
-        if not best:
-            break
-        alive_A = _best_of(alive_A, now_A, sorted_N, best)
-        length_R[alive_A] = k + 1
-        gain += float(value_RK[alive_A, k].sum())
-        admitted += len(alive_A)
-    return length_R.tolist()
-
-
-def _best_of(alive_A: NDArray[np.intp], now_A: Array, sorted_N: Array, best: int) -> NDArray[np.intp]:
-    """The requests whose present slot is among the `best` largest values; ties go to the present slots, in order."""
-    bound = sorted_N[best - 1]
-    above = int(np.count_nonzero(sorted_N[:best] > bound))
-    tied = now_A == bound
-    if int(tied.sum()) > best - above:
-        tied &= np.cumsum(tied) <= best - above
-    return alive_A[(now_A > bound) | tied]
-
-
-def _lengths(request_N: NDArray[np.intp], requests: int) -> list[int]:
-    return np.bincount(request_N, minlength=requests).tolist()
+@functools.cache
+def _triangles(slots: int) -> tuple[NDArray[np.bool_], Array]:
+    """Where j > k, and 1 where j >= k: [K, K]."""
+    return np.tri(slots, k=-1, dtype=bool).T, np.tri(slots).T

@@ -46,10 +46,12 @@ class Worth:
             return np.ones(round.requests)
         if self._for != round.request_ids or self.floors:
             self._for = round.request_ids
+            priorities = [params.priority for params in round.params_R]
             self._follow(round)
-            factors = [self.floors[i].factor if i in self.floors else 1.0 for i in round.request_ids]
-            self._weight_R = np.array([p.priority * f for p, f in zip(round.params_R, factors, strict=True)])
-            self.alike = not self.floors and bool((self._weight_R == 1.0).all())
+            self.alike = not self.floors and priorities.count(1.0) == len(priorities)
+            self._weight_R = np.array(priorities)
+            if self.floors:
+                self._weight_R *= [self.floors[i].factor if i in self.floors else 1.0 for i in round.request_ids]
         return self._weight_R
 
     def observe(self, outcome: Outcome) -> None:
@@ -59,5 +61,9 @@ class Worth:
                 self.floors[request].observe(1 + accepted, outcome.seconds)
 
     def _follow(self, round: Round) -> None:
-        promised = {i: p.min_tokens_per_second for i, p in zip(round.request_ids, round.params_R, strict=True)}
-        self.floors = {i: self.floors.get(i) or _Floor(floor) for i, floor in promised.items() if floor is not None}
+        promised = [params.min_tokens_per_second for params in round.params_R]
+        if promised.count(None) == len(promised):
+            self.floors = {}
+            return
+        pairs = zip(round.request_ids, promised, strict=True)
+        self.floors = {i: self.floors.get(i) or _Floor(floor) for i, floor in pairs if floor is not None}

@@ -196,7 +196,7 @@ def test_audits_are_kept_as_they_were_calibrated():
 
 def test_confidence_order_never_turns():
     tracker = Tracker(np.array([[1.0, 0.0]]))
-    z_NK = np.linspace(-2, 2, 400)[:, None]
+    z_KN = np.linspace(-2, 2, 400)[None]
     for _ in range(5):
-        tracker.learn(z_NK, (z_NK < 0).astype(float), np.ones_like(z_NK, dtype=bool))
+        tracker.learn(z_KN, (z_KN < 0).astype(float), np.ones_like(z_KN))
     assert tracker.weight_K2[0, 0] > 0

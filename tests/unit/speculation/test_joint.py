@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark.common.sampling_params import SamplingParams
+from dspark.ops.walk import walk
 from dspark.speculation.acceptance import Acceptance, filled_in
 from dspark.speculation.cost import StepCost
 from dspark.speculation.joint import Joint
 from dspark.speculation.prices import Prices
 from dspark.speculation.round import Outcome, Round
-from dspark.speculation.scheduled import walk
 
 COST = StepCost(
     rows=(1, 8, 64),
@@ -112,12 +112,7 @@ def test_the_bounds_for_one_request_are_the_walk(confidence, rises, price, limit
     planner.rate = price
     a_RK = np.cumprod([confidence], axis=1)
     round = Round([limit], [4], [0], [8], [SamplingParams()])
-    seconds = planner.prices.verifying(round, 4)
-
-    def score(gain, admitted):
-        return gain - price * seconds[admitted : admitted + len(gain)]
-
-    wanted = walk(a_RK, [limit], [4], planner.means.ahead(4), score)
+    wanted = walk(a_RK, [limit], [4], planner.means.ahead(4), planner.prices.verifying(round, 4), rate=price)
     assert planner.plan(round, a_RK) == wanted
 
 

@@ -9,12 +9,14 @@
 #include <torch/library.h>
 
 #include "attention.h"
+#include "calibrated.h"
 #include "chain.h"
 #include "decoder.h"
 #include "drafting.h"
 #include "products.h"
 #include "sampling.h"
 #include "verdict.h"
+#include "walk.h"
 
 TORCH_LIBRARY_FRAGMENT(dspark, library) {
   library.def("pack(Tensor weight) -> Tensor");
@@ -47,6 +49,12 @@ TORCH_LIBRARY_FRAGMENT(dspark, library) {
   library.def(
       "verdict(Tensor logits, int[] plan, Tensor token, Tensor q, Tensor temperature, Tensor accept, Tensor final_u) "
       "-> (Tensor, Tensor)");
+  library.def(
+      "calibrated(Tensor raw, int[] place, Tensor first, Tensor then, int[] curved, Tensor[] curves, float least) -> "
+      "(Tensor, Tensor)");
+  library.def(
+      "walk(Tensor value, Tensor ahead, Tensor seconds, int[] limit, int[] asked, float committed, float? rate) -> "
+      "Tensor");
 }
 
 TORCH_LIBRARY_IMPL(dspark, CompositeExplicitAutograd, library) { library.impl("uniforms", uniforms); }
@@ -65,6 +73,8 @@ TORCH_LIBRARY_IMPL(dspark, CPU, library) {
   library.impl("draft_round", draft_round);
   library.impl("nucleus", nucleus);
   library.impl("verdict", verdict);
+  library.impl("calibrated", calibrated);
+  library.impl("walk", walk);
 }
 
 // ---- the same ops as plain C functions, which compiled graphs call without the dispatcher ---------------------------
