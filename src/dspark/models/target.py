@@ -108,7 +108,8 @@ class Target:
         weight = model.get_input_embeddings().weight
         self.device, self.dtype = weight.device, weight.dtype
         refuse_unpaged_layers(self.config)
-        pack_linears(model)
+        if pack_linears(model):
+            let_go_of_files(model)
         self.kv_shapes, self.calls, self.source_of_layer = self._probe()
         self._graphs: dict[tuple[tuple[int, ...], int], SwappableGraph] = {}
 
@@ -255,6 +256,12 @@ def example_inputs(pool: KVPool) -> tuple[Tensor, ...]:
         torch.zeros(2, dtype=torch.int32),
     )
     return flatten(batch, torch.tensor([1, 2, 5]), pool)
+
+
+def let_go_of_files(model: nn.Module) -> None:
+    """Copy the few tensors that were not packed: as long as one lies in the checkpoint's mapped file, all of it stays."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def refuse_unpaged_layers(config: PreTrainedConfig) -> None:
