@@ -31,6 +31,7 @@ class Planning:
 
     While the planner says that nobody drafts, and for how long (`rest`), it is not asked: a plain step of a small model
     is shorter than its questions. It is asked again when a request comes or the requests become fewer by a bit.
+    While it says that all that is drafted is verified (`takes_all`), confidences are read only to learn from.
     """
 
     def __init__(self, planner: Planner, *, seed: int | None = None):
@@ -46,6 +47,7 @@ class Planning:
         self._audited: list[int] = []
         self._raw_RK: Array | None = None
         self._survival_RK: Array | None = None
+        self._unread = False  # whether the round's drafts are verified whole, without a look at their confidences
 
     @property
     def reads_confidence(self) -> bool:
@@ -71,6 +73,7 @@ class Planning:
     def slots(self, schedule: Schedule) -> int:
         """Set how many tokens each request drafts, those that draft in front; returns the most of any."""
         self._round = self._survival_RK = self._raw_RK = None
+        self._unread = False
         if self._rest.holds(schedule):
             schedule.limits = [0] * len(schedule.sampled)
             return 0
@@ -102,6 +105,10 @@ class Planning:
             return [0] * len(schedule.sampled)
         limit_R = [most if most < own else own for own, most in zip(schedule.limits, draft.length_R, strict=True)]
         self._round = self._round.drafted(limit_R, schedule.limits)
+        learning = self.calibration is not None and (self._audited or self._clock.due)
+        if getattr(self.planner, "takes_all", False) and not learning:
+            self._unread = True
+            return limit_R
         confidence_RK: Array = as_array(draft.confidence_RK.cpu().numpy())
         missing = max(schedule.limits) - confidence_RK.shape[1]
         if missing > 0:  # where a block ended tells of its tokens: a planner sees as many slots as it asked for
@@ -123,7 +130,9 @@ class Planning:
                 self._rest.observe(schedule, seconds)
                 self.ledger.rest()
             return
-        if self._survival_RK is None:
+        if self._unread:
+            self.ledger.draft(None, verdict.plan, verdict.accepted_R)
+        elif self._survival_RK is None:
             self.ledger.rest()
         else:
             audited = [r for r in self._audited if verdict.plan[r]]
@@ -133,7 +142,8 @@ class Planning:
                 self.calibration.observe(self._raw_RK, verdict.plan, verdict.accepted_R, audited)
                 self._clock.spend(time.perf_counter() - before)
         self._audited = []
-        self.planner.observe(Outcome(self._round, verdict.plan, verdict.accepted_R, seconds, self._survival_RK))
+        outcome = Outcome(self._round, verdict.plan, verdict.accepted_R, seconds, self._survival_RK, self._unread)
+        self.planner.observe(outcome)
 
     def _wake(self) -> None:
         """Tell the planner of the steps for which it was not asked."""

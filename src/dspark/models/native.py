@@ -90,7 +90,7 @@ class Stack:
 
 
 class Binding:
-    """A stack's constants (`Constants` of decoder.h) over the pools it was last asked for; keeps alive what they hold."""
+    """A stack's constants (`Constants` of decoder.h) over the pools it was last asked for, and what they point at."""
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack

@@ -259,7 +259,7 @@ def example_inputs(pool: KVPool) -> tuple[Tensor, ...]:
 
 
 def let_go_of_files(model: nn.Module) -> None:
-    """Copy the few tensors that were not packed: as long as one lies in the checkpoint's mapped file, all of it stays."""
+    """Copy the few tensors that were not packed: while one lies in the checkpoint's mapped file, all of it stays."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
 

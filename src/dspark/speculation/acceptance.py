@@ -36,7 +36,7 @@ class Acceptance:
 
     def learn(self, outcomes: Sequence[Outcome]) -> None:
         """Take finished rounds, all at once."""
-        outcomes = [outcome for outcome in outcomes if outcome.survival_RK is not None]
+        outcomes = [outcome for outcome in outcomes if outcome.drafting]
         if not outcomes:
             return
         reached_NK, passed_NK = filled_in(outcomes)
@@ -142,14 +142,13 @@ class _Odds:
 
 def filled_in(outcomes: Sequence[Outcome]) -> tuple[Array, Array]:
     """How far each slot of each request was reached and passed, [N, K]: 0 or 1 where the target said, else expected."""
-    slots = max(outcome.survival_RK.shape[1] for outcome in outcomes if outcome.survival_RK is not None)
+    slots = max(max(o.round.limit_R) if o.survival_RK is None else o.survival_RK.shape[1] for o in outcomes)
     a_NK = np.zeros((sum(outcome.round.requests for outcome in outcomes), slots))
     row = 0
     for outcome in outcomes:
-        assert outcome.survival_RK is not None
-        requests, width = outcome.survival_RK.shape
-        a_NK[row : row + requests, :width] = outcome.survival_RK
-        row += requests
+        if outcome.survival_RK is not None:  # else all was verified, and the target has said everything
+            a_NK[row : row + outcome.round.requests, : outcome.survival_RK.shape[1]] = outcome.survival_RK
+        row += outcome.round.requests
     rows = [np.array([o.plan, o.accepted_R, o.round.limit_R]) for o in outcomes]
     plan_N1, accepted_N1, limit_N1 = np.concatenate(rows, axis=1)[:, :, None]
     slot_K = np.arange(slots)

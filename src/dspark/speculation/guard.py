@@ -66,7 +66,7 @@ class Guard:
 
         A step that was only a trial is not `booked`.
         """
-        round, drafting = outcome.round, outcome.survival_RK is not None
+        round, drafting = outcome.round, outcome.drafting
         planned = sum(outcome.plan)
         bare = round.without_prefill()
         seconds_N1 = prices.verifying(bare, planned)

@@ -22,8 +22,9 @@ from dspark.speculation.trials import STEPS, Trials
 from dspark.speculation.worth import Worth
 
 KEEP = 8  # steps between two decisions about who drafts, at least
-LONGEST = 64  # ... and at most, while anybody drafts
-DECISION = 4e-4, 5e-6  # s that one is taken to cost, and for each request
+LONGEST = 128  # ... and at most, while anybody drafts
+DECISION = 1e-3, 5e-6  # s that one is taken to cost, and for each request
+CHOOSING = 8e-5, 1e-6  # s that reading and weighing a draft's confidences is taken to cost, and for each request
 DECIDING = 0.01  # share of the time that decisions may take
 HEARD = 256, 4  # requests' rounds that are learnt from at a decision, in at least so many steps
 HELD = 8  # steps that are held against their prices at a decision
@@ -63,6 +64,7 @@ class Joint(Priced):
         self._row = 0.0  # s of one verified token, on average over the present choice
         self._bound: float | None = None  # on survival, for several requests under straight prices
         self._stop_K: list[float] = []  # ... by slot, for one request
+        self._whole = False
 
     def slots(self, round: Round) -> list[int]:
         """Slots by request: the standing decision, or a new one."""
@@ -86,6 +88,11 @@ class Joint(Priced):
     def rest(self) -> int:
         """Steps for which nobody drafting holds, while the requests are as many; 0 where a step's speed matters."""
         return 0 if self.worth.floors else super().rest if self._forbidden else self._left
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether every draft is verified whole: choosing after drafting has won less than the time it takes."""
+        return self._whole
 
     def going_on(self, round: Round, survival_R: Array, drawn: int) -> bool:
         """Whether the drafter draws another slot after `drawn` of them, by the drafting requests' survival so far.
@@ -177,7 +184,7 @@ class Joint(Priced):
         round = round.without_prefill()
         ids, most = _ids(round), max(round.limit_R)
         self._chosen, self._new, self._left = dict.fromkeys(ids, 0), {}, KEEP
-        self._stop_K, self._bound, self._width = [], None, 0
+        self._stop_K, self._bound, self._width, self._whole = [], None, 0, False
         if not most:
             return
         survival_RK = self.acceptance.survival(round, most)
@@ -193,6 +200,7 @@ class Joint(Priced):
         self._odds_K = (mean_K / (1.0 - mean_K)).tolist()
         self._pace(round)
         self._price_rows(round)
+        self._look(round)
 
     def _pace(self, round: Round) -> None:
         """How long the choice stands, and whether something else is tried first."""
@@ -234,6 +242,17 @@ class Joint(Priced):
         if float(np.abs(off_N1).max()) <= STRAIGHT * float(table_N1[0]):
             self._bound = self.rate * self._row
 
+    def _look(self, round: Round) -> None:
+        """Whether drafts are chosen from once they exist; if that has not paid, now and then for some steps."""
+        drafting = sum(slots > 0 for slots in self._chosen.values())
+        if not drafting or not len(self._seen_NK):
+            return
+        won = drafting * float(self._options(self._width)[-1]) if self._width else 0.0
+        if won / self.rate < CHOOSING[0] + CHOOSING[1] * round.requests:
+            self._whole = self._decisions % WIDER != 0
+            if not self._whole:
+                self._left = min(self._left, ENOUGH)
+
     def _rates(self, round: Round, survival_RK: Array, weight_R: Array) -> tuple[NDArray[np.intp], Array]:
         """By slots, requests in the order of gain, [R, K], and tokens per second with the first M, [R + 1, K + 1]."""
         requests, most = survival_RK.shape
@@ -270,10 +289,11 @@ class Joint(Priced):
         heard, self._heard = self._heard[-max(HEARD[0] // requests, HEARD[1]) :], []
         for outcome, trial in heard[-HELD:]:
             self.guard.observe(outcome, self.prices, booked=not trial)
-        rounds = [outcome for outcome, _ in heard if outcome.survival_RK is not None]
+        rounds = [outcome for outcome, _ in heard if outcome.drafting]
+        self.acceptance.learn(rounds)
+        rounds = [outcome for outcome in rounds if not outcome.unread]
         if not rounds:
             return
-        self.acceptance.learn(rounds)
         a_NK, limit_N, count = widest(rounds)
         self.means.observe(a_NK, limit_N, count)
         if limit_N.count(a_NK.shape[1]) >= ENOUGH:

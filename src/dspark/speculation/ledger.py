@@ -29,14 +29,21 @@ class Ledger:
     verified: int = 0
     budgets: list[int] = field(default_factory=lambda: [0] * BUDGETS)  # drafting steps by bits of their verified tokens
 
-    def draft(self, survival_RK: Array, plan: Sequence[int], accepted_R: Sequence[int], *, audited: int = 0) -> None:
-        """A step with a draft: the expectation of a plan of ℓ tokens is the sum of its first ℓ survivals."""
+    def draft(
+        self, survival_RK: Array | None, plan: Sequence[int], accepted_R: Sequence[int], *, audited: int = 0
+    ) -> None:
+        """A step with a draft: the expectation of a plan of ℓ tokens is the sum of its first ℓ survivals.
+
+        Steps whose survivals nobody read count neither as expected nor as realised.
+        """
         self.resting = False
         self.drafting_steps += 1
         self.audited += audited
         budget = sum(plan)
         self.verified += budget
         self.budgets[min(budget.bit_length(), BUDGETS - 1)] += 1
+        if survival_RK is None:
+            return
         if len(plan) == 1:  # the step is short
             expected = sum(survival_RK[0].tolist()[:budget])
         else:

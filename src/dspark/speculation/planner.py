@@ -45,7 +45,7 @@ class Fixed:
     """The first `length` drafted tokens of every request, always; 0 is no speculation."""
 
     length: int
-    reads_confidence = False
+    reads_confidence, takes_all = False, True
 
     @property
     def rest(self) -> int:
@@ -65,7 +65,7 @@ class Fixed:
 class Full:
     """Everything that was drafted."""
 
-    reads_confidence = False
+    reads_confidence, takes_all = False, True
 
     def slots(self, round: Round) -> list[int]:
         return list(round.limit_R)

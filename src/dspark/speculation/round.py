@@ -66,10 +66,16 @@ class Outcome:
     plan: Sequence[int]
     accepted_R: Sequence[int]
     seconds: float  # of the whole step
-    survival_RK: Array | None = field(default=None, repr=False)  # as the planner got it; None if nobody drafted
+    survival_RK: Array | None = field(default=None, repr=False)  # as the planner got it; None if it got none
+    unread: bool = False  # drafts were verified whole, without a look at their confidences
     rest_steps: int = 0  # above 0: not one step but so many at once, for which the planner was not asked
     bare_seconds: float = 0.0  # of those of them that took in no prompt
     bare_steps: int = 0
+
+    @property
+    def drafting(self) -> bool:
+        """Whether anybody drafted."""
+        return self.unread or self.survival_RK is not None
 
 
 def as_array(survival_RK: object) -> Array:

@@ -37,7 +37,9 @@ def test_kernel_equals_its_plain_twin(dtype, top, sees_token, with_packed):
     packed = pack(w2) if with_packed else None
     got = draft_chain(base, w1, w2, anchor, Tempered(temperature, uniform), top, confidence, weight, packed)
     assert torch.equal(got[0], want[0])
-    halves = with_packed and dtype == torch.bfloat16  # sums may be float16 for a while (packed.h); 0.3 heats the difference
+    halves = (
+        with_packed and dtype == torch.bfloat16
+    )  # sums may be float16 for a while (packed.h); 0.3 heats the difference
     torch.testing.assert_close(got[1], want[1], rtol=6e-2 if halves else 1e-4, atol=1e-6)
     torch.testing.assert_close(got[2], want[2], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got[1].sum(2), torch.ones(R, K))

@@ -124,6 +124,44 @@ def test_what_a_plan_cut_off_is_filled_in_and_what_was_rejected_is_known():
     np.testing.assert_allclose(reached, [[1, 1, 0.5], [1, 0, 0], [0, 0, 0]])
 
 
+def serve_whole(planner, chance_of, steps, seed=0):
+    """As an engine does that asks `takes_all`; yields before each observation whether it was so."""
+    rng = np.random.default_rng(seed)
+    for step in range(steps):
+        round = Round([SLOTS], (), [0], [64], [SamplingParams()])
+        slots = planner.slots(round)
+        round, whole = round.drafted(slots, slots), planner.takes_all and slots[0] > 0
+        survival_RK = np.cumprod(np.full((1, slots[0]), chance_of(step)), 1) if slots[0] and not whole else None
+        plan = slots if whole else planner.plan(round, survival_RK)
+        accepted = [int(np.cumprod(rng.random(plan[0]) < chance_of(step)).sum())]
+        seconds = float(planner.prices.verifying(round, plan[0])[-1] + planner.prices.drafting(round, slots[0], 1))
+        yield whole
+        planner.observe(Outcome(round, plan, accepted, seconds, survival_RK, whole))
+
+
+def test_where_rows_cost_little_the_draft_is_verified_whole_and_looked_at_now_and_then():
+    """A step of a millisecond with rows of 5 µs: weighing confidences takes longer than it could win."""
+    cost = StepCost(
+        rows=(1, 64),
+        seconds=(1e-3, 1.3e-3),
+        draft_requests=(1, 8),
+        draft_slots=(1, 7),
+        draft_seconds=((1e-4, 2e-4), (2e-4, 4e-4)),
+    )
+    planner = Joint(Prices(cost))
+    whole = list(serve_whole(planner, lambda step: 0.8, 3000))
+    assert 0.5 < np.mean(whole[1000:]) < 1.0
+    assert 0.75 < planner.acceptance.conditional(1)[0] < 0.85  # it goes on learning
+
+    turned = list(serve_whole(planner, lambda step: 0.02, 3000))
+    assert np.mean(turned[1500:]) < 0.05  # nothing is drafted any more but in trials
+
+
+def test_where_rows_cost_much_every_draft_is_weighed():
+    planner = Joint(Prices(COST))
+    assert not any(serve_whole(planner, lambda step: (0.1, 0.95)[step % 2], 1000))
+
+
 def test_groups_share_what_their_requests_teach():
     acceptance = Acceptance([0.6])
     chat, code = SamplingParams(speculation_group="chat"), SamplingParams(speculation_group="code")
