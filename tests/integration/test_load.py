@@ -37,7 +37,7 @@ def test_a_closed_loop_keeps_its_users_busy_and_leaves_nothing():
     seen = []
     step = core.step
     core.step = lambda: (seen.append(len(core.requests)), step())[1]
-    found = closed_loop(Driver(core), WORK.stream(), users=3, seconds=0.2)
+    found = closed_loop(Driver(core), WORK.users(3), seconds=0.2)
     assert set(seen) == {3} and core.idle
     core.check_integrity()
     assert found.tokens == sum(found.tokens_by_kind.values()) > 0 and found.seconds >= 0.2

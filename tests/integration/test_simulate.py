@@ -30,7 +30,7 @@ COST = StepCost(
 @pytest.fixture(scope="module")
 def recorded():
     core = engine("draft_model", pages=400)
-    return record_rounds(Driver(core), WORK.stream(), rounds=300)
+    return record_rounds(Driver(core), WORK, rounds=300)
 
 
 @pytest.mark.parametrize("planner", ["none", "fixed:2", "greedy"])

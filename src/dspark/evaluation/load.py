@@ -13,7 +13,8 @@ from dspark.engine.pricing import METERING, plan_with
 from dspark.engine.profile import Profile
 from dspark.engine.request import Commit, RequestStatistics
 from dspark.engine.step import EngineCore
-from dspark.evaluation.workload import NOISE, Blinded, LoadRequest
+from dspark.evaluation.workload import NOISE, Blinded, LoadRequest, Workload
+from dspark.speculation.calibration import Calibration
 from dspark.speculation.cost import StepTime
 from dspark.speculation.live_cost import LiveCost
 from dspark.speculation.planner import Fixed, Full
@@ -32,10 +33,12 @@ class Policy:
     live: LiveCost | None = None
 
     @staticmethod
-    def of(core: EngineCore, name: str, profile: Profile | None = None) -> Policy:
+    def of(
+        core: EngineCore, name: str, profile: Profile | None = None, calibration: Calibration | None = None
+    ) -> Policy:
         """The policy of this name, as an engine has it that was started with it."""
         core.planning = Planning(Fixed(0), seed=core.config.seed)
-        live = plan_with(core, name, profile)
+        live = plan_with(core, name, profile, calibration)
         return Policy(name, core.planning, live)
 
     def enter(self, core: EngineCore, also: Callable[[StepTime], None] | None = None) -> None:
@@ -143,23 +146,39 @@ class Driver:
         return Slice(seconds, sum(self.committed.values()), steps, self.finished, dict(self.committed), left)
 
 
-def closed_loop(driver: Driver, requests: Iterator[LoadRequest], users: int, seconds: float) -> Slice:
-    """`users` requests at a time for about `seconds`: one that ends is followed at once by the next.
+class Users:
+    """So many users who each wait for an answer and ask again at once."""
 
-    Counting starts when all of the first have a token. The first of every user is cut to a random share of its
-    length, so that they do not end all together. Requests of the first wave do not count as finished.
+    def __init__(self, driver: Driver, requests: Sequence[Iterator[LoadRequest]]):
+        """`requests` are each user's own. The first ones are cut to random shares, so that they do not end together."""
+        self.driver, self.requests = driver, requests
+        random = np.random.default_rng(len(requests))
+        self.asking: dict[int, int] = {}  # user by request
+        for user, own in enumerate(requests):
+            request = next(own)
+            tokens = max(1, int((request.params.max_tokens or 1) * random.uniform(0.1, 1.0)))
+            self.asking[driver.add(replace(request, params=replace(request.params, max_tokens=tokens)))] = user
+
+    def step(self) -> None:
+        """One step of the engine; who has got an answer asks again."""
+        for commit in self.driver.step():
+            if commit.finish_reason:
+                user = self.asking.pop(commit.request_id)
+                self.asking[self.driver.add(next(self.requests[user]))] = user
+
+
+def closed_loop(driver: Driver, requests: Sequence[Iterator[LoadRequest]], seconds: float) -> Slice:
+    """As many users as there are streams of requests, for about `seconds`.
+
+    Counting starts when all of the first requests have a token; they themselves do not count as finished.
     """
-    random = np.random.default_rng(users)
-    first = []
-    for _ in range(users):
-        request = next(requests)
-        tokens = max(1, int((request.params.max_tokens or 1) * random.uniform(0.1, 1.0)))
-        first.append(driver.add(replace(request, params=replace(request.params, max_tokens=tokens))))
+    users = Users(driver, requests)
+    first = list(users.asking)
     while any(driver.tokens.get(number) == 0 for number in first):
-        _replace(driver, requests)
+        users.step()
     began = driver.start_count()
     while time.perf_counter() - began[0] < seconds or not driver.finished:
-        _replace(driver, requests)
+        users.step()
     found = driver.counted(began)
     found.finished = [one for one in found.finished if one.statistics.arrived >= began[0]] or found.finished
     driver.clear()
@@ -185,13 +204,7 @@ def open_loop(driver: Driver, requests: Iterator[LoadRequest], arrivals: Sequenc
     return found
 
 
-def _replace(driver: Driver, requests: Iterator[LoadRequest]) -> None:
-    for commit in driver.step():
-        if commit.finish_reason:
-            driver.add(next(requests))
-
-
-def record_rounds(driver: Driver, requests: Iterator[LoadRequest], rounds: int = 2000) -> RoundTrace:
+def record_rounds(driver: Driver, workload: Workload, rounds: int = 2000) -> RoundTrace:
     """Rounds of `RECORDING_USERS` users with everything verified, at least `rounds`: what a simulator draws from."""
     core = driver.core
     block = core.admission.block_size
@@ -205,10 +218,9 @@ def record_rounds(driver: Driver, requests: Iterator[LoadRequest], rounds: int =
     planning, meter, observer = core.planning, core.meter, core.observer
     core.planning, core.meter, core.observer = Planning(Full()), None, observe
     try:
-        for _ in range(RECORDING_USERS):
-            driver.add(next(requests))
+        users = Users(driver, workload.users(RECORDING_USERS))
         while sum(map(len, found.values())) < rounds:
-            _replace(driver, requests)
+            users.step()
     finally:
         driver.clear()
         core.planning, core.meter, core.observer = planning, meter, observer

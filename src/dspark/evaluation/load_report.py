@@ -20,11 +20,13 @@ from dspark.common.files import replacing_file
 from dspark.common.log import seconds_of
 from dspark.common.plots import Panel, check_matplotlib, draw
 from dspark.common.provenance import provenance
-from dspark.engine.build import build_engine
+from dspark.engine.build import build_engine, calibration_of
 from dspark.engine.profile import Profile, ensure_profile
 from dspark.engine.step import EngineCore
 from dspark.evaluation.load import Driver, Policy, Slice, closed_loop, open_loop, record_rounds
+from dspark.evaluation.load_compare import by_kind, kind_table
 from dspark.evaluation.workload import Workload
+from dspark.speculation.calibration import Calibration
 from dspark.speculation.cost import StepTime
 from dspark.speculation.cost_fit import recalibrated
 
@@ -67,7 +69,9 @@ def load_test(
     profile = Profile.load(settings.profile) if settings.profile else None
     if profile is not None:
         profile.check(core, settings.profile or "")
-    policies = [Policy.of(core, name, profile) for name in settings.policies]
+    beside = calibration_of(core.drafter)
+    calibration = Calibration.load(beside) if beside is not None else None
+    policies = [Policy.of(core, name, profile, calibration) for name in settings.policies]
     driver = Driver(core, blind=settings.blind)
     slices: dict[tuple[str, str, float], list[Slice]] = {}
     for number in range(1 + settings.rounds):
@@ -76,11 +80,10 @@ def load_test(
             order = policies if number % 2 else policies[::-1]
             for policy in order:
                 policy.enter(core, meter if number else None)
-                stream = workload.stream(number)
                 if mode == "users":
-                    found = closed_loop(driver, stream, int(load), seconds)
+                    found = closed_loop(driver, workload.users(int(load), number), seconds)
                 else:
-                    found = open_loop(driver, stream, arrivals[load], seconds)
+                    found = open_loop(driver, workload.stream(number), arrivals[load], seconds)
                 if number:
                     slices.setdefault((mode, policy.name, load), []).append(found)
                 tick()
@@ -112,6 +115,7 @@ def _row(mode: str, name: str, load: float, slices: Sequence[Slice]) -> dict[str
         "by_kind": {
             kind: median(found.tokens_by_kind.get(kind, 0) / found.seconds for found in slices) for kind in kinds
         },
+        "kinds": {kind: _speeds_of(kind, slices) for kind in kinds},
         "user_speed": median(speeds) if speeds else None,
         "user_speed_p5": float(np.percentile(speeds, 5)) if speeds else None,
         "ttft_ms": 1000 * median(waits) if waits else None,
@@ -123,6 +127,16 @@ def _row(mode: str, name: str, load: float, slices: Sequence[Slice]) -> dict[str
         "step_ms": 1000 * median(found.seconds / max(found.steps, 1) for found in slices),
         "finished": len(finished),
         "left": median(found.left for found in slices),
+    }
+
+
+def _speeds_of(kind: str, slices: Sequence[Slice]) -> dict[str, Any]:
+    """How fast requests of one kind were to their users: the median, and that of each round."""
+    by_round = [[one.speed for one in found.finished if one.kind == kind and one.speed] for found in slices]
+    everyone = [speed for speeds in by_round for speed in speeds]
+    return {
+        "user_speed": median(everyone) if everyone else None,
+        "user_speed_rounds": [median(speeds) if speeds else None for speeds in by_round],
     }
 
 
@@ -170,7 +184,7 @@ def run_load(
     profile = ensure_profile(core) if settings.profile is None else Profile.load(settings.profile)
     freeze_startup()
     if trace is not None:
-        record_rounds(Driver(core, blind=settings.blind), workload.stream()).save(trace)
+        record_rounds(Driver(core, blind=settings.blind), workload).save(trace)
     loads = len(settings.users) + len(settings.rates)
     steps: list[StepTime] = []
     with Progress(console=console, transient=True) as progress:
@@ -191,6 +205,8 @@ def write(result: dict[str, Any], console: Console, out: Path | None) -> None:
     for mode in ("users", "rate"):
         if any(mode in row for row in rows):
             console.print(table([row for row in rows if mode in row], mode))
+    if any(len(row.get("kinds", ())) > 1 for row in rows):
+        console.print(kind_table(by_kind(rows)))
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)

@@ -53,15 +53,30 @@ class Workload:
         random = np.random.default_rng([self.seed, round])
         number = 0
         while True:
-            # kinds in turn, not by chance: a short slice then has its share of each
-            kind = NOISE if int((number + 1) * self.noise) > int(number * self.noise) else CODE
-            length = int(random.integers(self.prompt_tokens[0], self.prompt_tokens[1] + 1))
-            new = int(random.integers(self.new_tokens[0], self.new_tokens[1] + 1))
-            prompt = random.integers(self.vocabulary, size=length).tolist()
-            if kind == CODE:
-                prompt = self._piece(random, length)
-            yield LoadRequest(kind, prompt, self._params(kind, new, int(random.integers(2**31))))
+            yield self._request(random, self._kind(number))
             number += 1
+
+    def users(self, count: int, round: int = 0) -> list[Iterator[LoadRequest]]:
+        """Streams of so many users, each of whom keeps to one kind of request; the same every time."""
+
+        def own(user: int) -> Iterator[LoadRequest]:
+            random = np.random.default_rng([self.seed, round, user])
+            while True:
+                yield self._request(random, self._kind(user))
+
+        return [own(user) for user in range(count)]
+
+    def _kind(self, number: int) -> str:
+        """Kinds come in turn, not by chance: a short slice then has its share of each."""
+        return NOISE if int((number + 1) * self.noise) > int(number * self.noise) else CODE
+
+    def _request(self, random: np.random.Generator, kind: str) -> LoadRequest:
+        length = int(random.integers(self.prompt_tokens[0], self.prompt_tokens[1] + 1))
+        new = int(random.integers(self.new_tokens[0], self.new_tokens[1] + 1))
+        prompt = random.integers(self.vocabulary, size=length).tolist()
+        if kind == CODE:
+            prompt = self._piece(random, length)
+        return LoadRequest(kind, prompt, self._params(kind, new, int(random.integers(2**31))))
 
     def _piece(self, random: np.random.Generator, length: int) -> list[int]:
         text = self.prompts[int(random.integers(len(self.prompts)))]

@@ -5,33 +5,38 @@ R requests of a round, N requests' rounds, K draft slots. Conditional acceptance
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark.ops.calibrated import sigmoid
 from dspark.speculation.round import Array, Outcome, Round
 
 FIRST_ACCEPTANCE = 0.7  # conditional, of a drafter nothing is known about
 FIRST_WEIGHT = 4.0  # rounds that guess counts for
-POOL_MEMORY = 0.995  # of everyone's counts, per request and round
+POOL_MEMORY = 0.995  # of what everyone's rounds said, per request and round
+LEAST_SURE = 0.2  # so that a slot that was hardly ever reached moves little
+LARGEST = 7.0  # logit of acceptance
 OWN_MEMORY = 0.95  # of a request's or a group's, per round of theirs
 PRIOR = 12.0  # drafted tokens that the wider circle's odds count for
 FORGET_AFTER = 4096  # requests and groups remembered before those not seen lately are dropped
 
 
 class Acceptance:
-    """Conditional acceptance by slot over all requests, and by what factor each group's and request's odds differ.
+    """The odds of acceptance by slot, and by what factor each group's and request's differ.
 
-    Slots that a plan cut off are filled in with what their confidences say, so that a plan's choice does not censor
-    what is learnt.
+    Later slots are reached by those who are guessed well, so the odds by slot are those of a request of factor 1, not
+    everyone's mean. Slots that a plan cut off are filled in with what their confidences say, so that a plan's choice
+    does not censor what is learnt.
     """
 
     def __init__(self, first: Sequence[float] = ()):
         """`first` is the conditional acceptance by slot to start from, as an offline calibration knows it."""
         self.first = list(first)
-        self.reached_K = np.zeros(0)
-        self.passed_K = np.zeros(0)
+        self.logit_K = np.zeros(0)  # of acceptance at factor 1
+        self.sure_K = np.zeros(0)  # what the outcomes say about how sure those are, forgetting
         self._groups, self._requests = _Odds(), _Odds()
 
     def learn(self, outcomes: Sequence[Outcome]) -> None:
@@ -40,24 +45,19 @@ class Acceptance:
         if not outcomes:
             return
         reached_NK, passed_NK = filled_in(outcomes)
-        slots = passed_NK.shape[1]
-        self._grow(slots)
-        memory = POOL_MEMORY ** int(reached_NK[:, 0].sum())
-        self.reached_K *= memory
-        self.passed_K *= memory
-        self.reached_K[:slots] += reached_NK.sum(0)
-        self.passed_K[:slots] += passed_NK.sum(0)
-        yes_N, expected_N, all_N = passed_NK.sum(1), reached_NK @ self.conditional(slots), reached_NK.sum(1)
+        groups = [group for outcome in outcomes for group in groups_of(outcome.round)]
+        requests = [request for outcome in outcomes for request in requests_of(outcome.round)]
+        self._follow(reached_NK, passed_NK, self.factors(groups, requests))
+        mean_K = self.conditional(passed_NK.shape[1])
+        yes_N, expected_N, all_N = passed_NK.sum(1), reached_NK @ mean_K, reached_NK.sum(1)
         row_N3 = np.stack([yes_N, all_N - yes_N, expected_N], 1)
-        tried_N = all_N > 0
-        for odds, circles in ((self._groups, groups_of), (self._requests, requests_of)):
-            odds.add([circle for outcome in outcomes for circle in circles(outcome.round)], row_N3, tried_N)
+        self._groups.add(groups, row_N3, all_N > 0)
+        self._requests.add(requests, row_N3, all_N > 0)
 
     def conditional(self, slots: int) -> Array:
-        """Everyone's conditional acceptance by slot, [K]."""
+        """Conditional acceptance by slot of a request of factor 1, [K]."""
         self._grow(slots)
-        mean_K = self.passed_K[:slots] / self.reached_K[:slots]
-        return np.asarray(np.minimum(np.maximum(mean_K, 1e-4), 1 - 1e-4))
+        return sigmoid(self.logit_K[:slots])
 
     def survival(self, round: Round, slots: int) -> Array:
         """What each request's slots are expected to survive, [R, K]."""
@@ -74,12 +74,23 @@ class Acceptance:
         """By how much each request's odds of acceptance differ from everyone's, [R]."""
         return self._requests.factors(requests, self._groups.factors(groups, np.ones(len(groups))))
 
+    def _follow(self, reached_NK: Array, passed_NK: Array, factor_N: Array) -> None:
+        """Move the odds by slot towards what the rounds say of them, given the factors: one Newton step."""
+        slots = passed_NK.shape[1]
+        self._grow(slots)
+        p_NK = sigmoid(self.logit_K[:slots] + np.log(factor_N)[:, None])
+        self.sure_K *= POOL_MEMORY ** int(reached_NK[:, 0].sum())
+        self.sure_K[:slots] += (reached_NK * p_NK * (1 - p_NK)).sum(0)
+        move_K = (passed_NK - reached_NK * p_NK).sum(0) / (self.sure_K[:slots] + LEAST_SURE)
+        self.logit_K[:slots] += np.minimum(np.maximum(move_K, -1.0), 1.0)
+        np.minimum(np.maximum(self.logit_K, -LARGEST), LARGEST, out=self.logit_K)
+
     def _grow(self, slots: int) -> None:
-        while len(self.reached_K) < slots:
+        while len(self.logit_K) < slots:
             known = [*self.first, self.first[-1] if self.first else FIRST_ACCEPTANCE]
-            mean = known[min(len(self.reached_K), len(known) - 1)]
-            self.reached_K = np.append(self.reached_K, FIRST_WEIGHT)
-            self.passed_K = np.append(self.passed_K, FIRST_WEIGHT * mean)
+            mean = min(max(known[min(len(self.logit_K), len(known) - 1)], 1e-4), 1 - 1e-4)
+            self.logit_K = np.append(self.logit_K, math.log(mean / (1 - mean)))
+            self.sure_K = np.append(self.sure_K, FIRST_WEIGHT * mean * (1 - mean))
 
 
 class _Odds:

@@ -20,6 +20,7 @@ WORST = 3.0  # tokens a request that one step may be booked to have lost: what i
 CREDIT = 6.0  # tokens a request that drafting may lose before it is forbidden, at first and after luck at most thrice
 BAN = 256  # steps for which it is; twice as many each time until drafting has won CREDIT
 LONGEST_BAN = 8192
+SETTLED = 2  # drafting steps on end before one that tells what they take
 PLAIN = 2  # plain steps on end that say what one takes; the first finds the draft's weights in the caches
 PLAIN_EVERY = 512  # drafting steps between two looks at plain ones
 
@@ -42,6 +43,7 @@ class Guard:
         self._log: dict[tuple[int, bool], tuple[float, int]] = {}  # (size, drafting) -> logarithm, steps
         self._accounts: dict[int, _Account] = {}
         self._drafted = False  # in the step before
+        self._alike = 0  # steps on end before it that were of its kind
 
     def allows(self, requests: int) -> bool:
         """Whether a step of so many requests may draft; asked once a step by a planner that would."""
@@ -64,7 +66,7 @@ class Guard:
     def observe(self, outcome: Outcome, prices: Prices, *, booked: bool = True) -> None:
         """Hold a finished step, and the plain ones that passed unasked before it, against their prices.
 
-        A step that was only a trial is not `booked`.
+        A step that was only a trial is not `booked`: it says little of one in which everybody drafts.
         """
         round, drafting = outcome.round, outcome.drafting
         planned = sum(outcome.plan)
@@ -78,10 +80,12 @@ class Guard:
         ratio = self._ratio(outcome, price, planned, prices)
         if ratio is None:
             return
-        # the first step of its kind finds other weights in the caches, and a draft a context to catch up with
-        if drafting == self._drafted or not self.knows(round.requests, drafting=drafting):
-            self._learn(round.requests, drafting, ratio)
+        # the first steps of a kind find other weights in the caches, and the first draft a context to catch up with
+        self._alike = self._alike + 1 if drafting == self._drafted else 0
         self._drafted = drafting
+        settled = self._alike >= (SETTLED if drafting else 1)
+        if (settled and (booked or not drafting)) or not (drafting or self.knows(round.requests, drafting=False)):
+            self._learn(round.requests, drafting, ratio)
         if drafting and booked:
             won = sum(outcome.accepted_R) - self._lost(round.requests, ratio * price / plain)
             self._book(round.requests, won / round.requests)
