@@ -2,8 +2,8 @@
 
 python benchmarks/load_merge.py PART/load.json ... [--policy joint] [--baseline fixed:1] [--out DIR]
 
-Parts are runs of `dspark bench load --out PART`, all policies in each, the sizes split among them. Ratios are medians over
-rounds of neighbouring slices. `--baseline` is compared at the same total throughput; `--out` gets figures 7 and 8.
+Parts are runs of `dspark bench load --out PART`, all policies in each, the sizes split among them. Ratios are medians
+over rounds of neighbouring slices. `--baseline` is compared at the same total throughput; `--out` gets figures 7 and 8.
 """
 
 from __future__ import annotations

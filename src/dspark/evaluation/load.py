@@ -81,6 +81,7 @@ class Slice:
     finished: list[Finished]
     tokens_by_kind: dict[str, int] = field(default_factory=dict)
     left: int = 0  # requests that were still waiting or running at the end
+    inside: float = 0.0  # s of the engine's steps
 
 
 class Driver:
@@ -134,16 +135,23 @@ class Driver:
         if self.blinded is not None:
             self.blinded.requests.discard(number)
 
-    def start_count(self) -> tuple[float, int]:
-        """Count from here: the time and the step."""
+    def start_count(self) -> tuple[float, int, float]:
+        """Count from here: the time, the step and the seconds of all steps."""
         self.finished, self.committed = [], {}
-        return time.perf_counter(), self.core.timings.steps
+        timings = self.core.timings
+        return time.perf_counter(), timings.steps, timings.total
 
-    def counted(self, began: tuple[float, int], left: int = 0) -> Slice:
+    def counted(self, began: tuple[float, int, float]) -> Slice:
         """What happened since `start_count`."""
-        seconds = time.perf_counter() - began[0]
-        steps = self.core.timings.steps - began[1]
-        return Slice(seconds, sum(self.committed.values()), steps, self.finished, dict(self.committed), left)
+        seconds, timings = time.perf_counter() - began[0], self.core.timings
+        return Slice(
+            seconds,
+            sum(self.committed.values()),
+            timings.steps - began[1],
+            self.finished,
+            dict(self.committed),
+            inside=timings.total - began[2],
+        )
 
 
 class Users:

@@ -127,6 +127,7 @@ def _row(mode: str, name: str, load: float, slices: Sequence[Slice]) -> dict[str
         "step_ms": 1000 * median(found.seconds / max(found.steps, 1) for found in slices),
         "finished": len(finished),
         "left": median(found.left for found in slices),
+        "outside": 1 - sum(found.inside for found in slices) / sum(found.seconds for found in slices),
     }
 
 
@@ -195,7 +196,9 @@ def run_load(
     result = {"settings": asdict(settings), "provenance": provenance(core.target.device), "rows": earlier + rows}
     write(result, console, out)
     if out is not None:
-        replace(profile, cost=recalibrated(profile.cost, steps), steps=len(steps)).save(out / "profile.json")
+        outside = max(median(row["outside"] for row in rows), 0.0)
+        cost = recalibrated(profile.cost, steps, outside=outside)
+        replace(profile, cost=cost, steps=len(steps)).save(out / "profile.json")
     return result
 
 

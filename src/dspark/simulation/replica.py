@@ -131,8 +131,8 @@ class Replica:
         plan = self.planning.plan(schedule, draft)
         planning += self.clock() + self._observing
         accepted_R = [min(pair) for pair in zip(could_R, plan, strict=True)]
-        seconds = sum(self.cost.of_step(self._load(schedule, slots, plan))) + planning
-        self.now += seconds
+        seconds = self._seconds(sum(self.cost.of_step(self._load(schedule, slots, plan))) + planning)
+        self.now += seconds / (1.0 - self.cost.outside)
         ended = self._commit(schedule, plan, accepted_R)
         self._observing = -self.clock()
         self.planning.observe(schedule, Verdict(accepted_R, [], plan), seconds)
@@ -154,6 +154,11 @@ class Replica:
         none = torch.empty(0)
         draft = Draft(none, none, torch.from_numpy(confidence_RK), [slots] * len(could_R))
         return draft, could_R
+
+    def _seconds(self, undisturbed: float) -> float:
+        """What the step takes with the stalls that happen to interrupt it."""
+        every, each = self.cost.stalls
+        return undisturbed + each * int(self.random.poisson(every * undisturbed)) if every else undisturbed
 
     def _load(self, schedule: Schedule, slots: int, plan: list[int]) -> StepTime:
         everyone = [*schedule.sampled, *(request for request, _ in schedule.partial)]

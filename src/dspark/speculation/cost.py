@@ -56,6 +56,8 @@ class StepCost:
     draft_slots: tuple[int, ...] = ()
     draft_seconds: tuple[tuple[float, ...], ...] = ()  # [draft_requests][draft_slots]; () for a drafter that is free
     draft_per_context: float = 0.0
+    stalls: tuple[float, float] = (0.0, 0.0)  # how many a second interrupt the steps, and s of one; in no price above
+    outside: float = 0.0  # share of the time that passes between steps; in no price above
 
     def __post_init__(self) -> None:
         _check_axis("rows", self.rows, len(self.seconds))
@@ -72,6 +74,10 @@ class StepCost:
                 raise UserError(
                     f"cost: {name} {getattr(self, name)} is not a number from 0 up; measure the profile anew"
                 )
+        if not (len(self.stalls) == 2 and all(0.0 <= value < float("inf") for value in self.stalls)):
+            raise UserError(f"cost: stalls {self.stalls} are not two numbers from 0 up; measure the profile anew")
+        if not 0.0 <= self.outside < 1.0:
+            raise UserError(f"cost: outside {self.outside} is not a share from 0 to below 1; measure the profile anew")
 
     @staticmethod
     def of_table(seconds: Sequence[float], **terms: Any) -> StepCost:

@@ -17,7 +17,7 @@ from dspark.speculation.cost import StepCost, StepTime, hats
 
 Array = NDArray[np.float64]
 OUTLIER = 1.5  # a sample this many times the median of its kind was interrupted by something else
-PREFILL_WEIGHTS = np.linspace(0.2, 1.2, 21)
+PREFILL_WEIGHTS = np.linspace(0.2, 1.6, 29)
 PRIOR = 20.0
 
 
@@ -33,15 +33,43 @@ def fit_cost(steps: Iterable[StepTime]) -> StepCost:
     return StepCost(**cost, **_draft(decoding))
 
 
-def recalibrated(cost: StepCost, steps: Sequence[StepTime]) -> StepCost:
-    """The cost with its tables scaled, knot by knot, to the mean of what steps under load really took.
+def recalibrated(cost: StepCost, steps: Sequence[StepTime], *, outside: float = 0.0) -> StepCost:
+    """The cost with its tables scaled, knot by knot, to what steps under load took, and what interrupted them.
 
-    A profile says what a step takes when nothing interrupts it; on average something does. A knot with few steps
-    keeps to the factor of the whole table.
+    A knot with few steps keeps to the factor of the whole table. A few long interruptions slow the mean and not the
+    usual request, so they are kept apart, as `stalls`. `outside` is the share of the time spent between the steps.
     """
-    used = [step for step in steps if step.requests and step.seconds > step.draft_seconds]
-    if not used:
+    held = [step for step in steps if step.requests and step.seconds > step.draft_seconds]
+    if not held:
         return cost
+    used, stalls = _uninterrupted(cost, held)
+    plain = [step for step in used if not step.prefill] or used
+    cost = replace(_scaled(cost, plain), stalls=stalls, outside=outside)
+    prefilling = [step for step in used if step.prefill]
+    return replace(cost, prefill_weight=_prefill_weight(cost, prefilling)) if prefilling else cost
+
+
+def _uninterrupted(cost: StepCost, steps: Sequence[StepTime]) -> tuple[list[StepTime], tuple[float, float]]:
+    """The steps that took about what steps with or without prefill usually do; stalls a second, and seconds of one."""
+    over_N = np.array([step.seconds / sum(cost.of_step(step)) for step in steps])
+    prefill_N = np.array([step.prefill > 0 for step in steps])
+    usual_N = np.ones(len(steps))
+    for same_N in (prefill_N, ~prefill_N):
+        if same_N.any():
+            usual_N[same_N] = np.median(over_N[same_N])
+    calm_N = over_N <= OUTLIER * usual_N
+    excess_N = np.array([step.seconds for step in steps]) * (1 - usual_N / over_N) * ~calm_N
+    lost = float(excess_N.sum())
+    size = float((excess_N**2).sum()) / lost if lost else 0.0  # of the one that a lost second belongs to
+    every = sum(step.seconds for step in steps) - lost
+    return [step for step, calm in zip(steps, calm_N, strict=True) if calm], (
+        lost / size / every if size else 0.0,
+        size,
+    )
+
+
+def _scaled(cost: StepCost, used: Sequence[StepTime]) -> StepCost:
+    """The cost with its tables scaled to the mean of these steps."""
     price = [cost.of_step(step) for step in used]
     at = np.array([step.rows + cost.prefill_weight * step.prefill for step in used], float)
     took = np.array([step.seconds - step.draft_seconds for step in used])

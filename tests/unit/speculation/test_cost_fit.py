@@ -106,19 +106,20 @@ def test_exploring_is_rare_and_near():
     assert LiveCost(TRUE).explore(3, 4) == 3
 
 
-def test_a_profile_is_recalibrated_to_the_mean_under_load():
+def test_a_profile_is_recalibrated_to_the_steps_under_load_and_their_stalls():
     random = np.random.default_rng(3)
     slow = scaled(1.3)
     steps = []
     for _ in range(2000):
-        requests, noise = int(random.integers(1, 65)), 5.0 if random.random() < 0.05 else 1.0  # mean 1.2
+        requests, noise = int(random.integers(1, 65)), 5.0 if random.random() < 0.05 else 1.0
         steps.append(step(requests * 4, requests, 50 * requests, slots=3, noise=noise, cost=slow))
-    cost = recalibrated(TRUE, steps)
+    cost = recalibrated(TRUE, steps, outside=0.03)
     for requests in (2, 16, 64):
         load = {"requests": requests, "context": 50 * requests}
-        assert cost.target(requests * 4, **load) == pytest.approx(
-            1.2 * float(slow.target(requests * 4, **load)), rel=0.1
-        )
+        assert cost.target(requests * 4, **load) == pytest.approx(float(slow.target(requests * 4, **load)), rel=0.05)
         draft = float(slow.draft(requests, 3, context=50 * requests))
-        assert cost.draft(requests, 3, context=50 * requests) == pytest.approx(1.2 * draft, rel=0.1)
+        assert cost.draft(requests, 3, context=50 * requests) == pytest.approx(draft, rel=0.05)
+    every, each = cost.stalls
+    assert every * each == pytest.approx(0.05 * 4, rel=0.2)  # four times a step, once in twenty
+    assert cost.outside == 0.03
     assert recalibrated(TRUE, []) == TRUE
