@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import re
 import resource
 import subprocess
@@ -132,10 +133,16 @@ def lags(port: int) -> tuple[float, float]:
     return float(counts["+Inf"]), float(counts[str(LAG)])
 
 
-def start_server(planner: str, users: int) -> tuple[subprocess.Popen[str], int]:
-    command = [str(Path(sys.executable).with_name("dspark")), "serve", "--port", "0", "--planner", planner]
+def start_server(planner: str, users: int, source: Path | None = None) -> tuple[subprocess.Popen[str], int]:
+    """A server of this package, or of the one below `source`, and its port."""
+    command = [sys.executable, "-m", "dspark.cli.main", "serve", "--port", "0", "--planner", planner]
+    path = os.environ if source is None else os.environ | {"PYTHONPATH": str(source)}
     server = subprocess.Popen(
-        [*command, "--max-running", str(users)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [*command, "--max-running", str(users)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=path,
     )
     assert server.stdout is not None
     for line in server.stdout:
@@ -147,20 +154,22 @@ def start_server(planner: str, users: int) -> tuple[subprocess.Popen[str], int]:
 class Turns:
     """The ways to serve the same load, and what each took in every round."""
 
-    def __init__(self, core: EngineCore, jobs: list[Job], users: int, port: int):
-        self.core, self.jobs, self.users, self.port = core, jobs, users, port
+    def __init__(self, core: EngineCore, jobs: list[Job], users: int, ports: dict[str, int]):
+        """`ports` of servers by name, one of them `http`."""
+        self.core, self.jobs, self.users, self.ports = core, jobs, users, ports
         self.clear()
 
     def clear(self) -> None:
-        self.seconds: dict[str, list[float]] = {"direct": [], "engine": [], "http": []}
+        self.seconds: dict[str, list[float]] = {name: [] for name in ("direct", "engine", *self.ports)}
         self.client: list[float] = []
         self.asked = self.in_time = 0.0  # times that the server's event loop told its lag, and of these the good ones
 
     def round(self, number: int) -> None:
         """Each way once, in another order than the round before: who comes first pays for cold caches."""
         names = list(self.seconds)
-        for name in names[number % 3 :] + names[: number % 3]:
-            self.seconds[name].append(getattr(self, name)())
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            self.seconds[name].append(self.http(name) if name in self.ports else getattr(self, name)())
 
     def direct(self) -> float:
         return direct(self.core, self.jobs, self.users)
@@ -171,11 +180,14 @@ class Turns:
         engine.close()
         return seconds
 
-    def http(self) -> float:
-        before = lags(self.port)  # only what happens under load counts
-        seconds, client, answers = asyncio.run(served("127.0.0.1", self.port, self.jobs, self.users))
-        after = lags(self.port)
+    def http(self, name: str) -> float:
+        port = self.ports[name]
+        before = lags(port)  # only what happens under load counts
+        seconds, client, answers = asyncio.run(served("127.0.0.1", port, self.jobs, self.users))
+        after = lags(port)
         check(answers, self.jobs)
+        if name != "http":
+            return seconds
         self.client.append(client)
         self.asked, self.in_time = self.asked + after[0] - before[0], self.in_time + after[1] - before[1]
         return seconds
@@ -199,12 +211,16 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=32)
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--against", type=Path, help="src of another checkout, whose server takes turns as well")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     core = build_engine(demo_target_path(), demo_drafter_path(), asked.planner, max_running=asked.users, seed=0)
     core.wait_compiled()
-    server, port = start_server(asked.planner, asked.users)
-    turns = Turns(core, jobs_of(asked.requests), asked.users, port)
+    servers = {"http": start_server(asked.planner, asked.users)}
+    if asked.against is not None:
+        servers["against"] = start_server(asked.planner, asked.users, asked.against)
+    ports = {name: port for name, (_, port) in servers.items()}
+    turns = Turns(core, jobs_of(asked.requests), asked.users, ports)
     try:
         freeze_startup()
         turns.round(0)
@@ -212,8 +228,9 @@ def main() -> None:
         for number in range(asked.rounds):
             turns.round(number)
     finally:
-        server.terminate()
-        server.wait()
+        for server, _ in servers.values():
+            server.terminate()
+            server.wait()
     print(f"planner {asked.planner}, {turns.report()}")
     if asked.json:
         asked.json.write_text(json.dumps(turns.seconds | {"client": turns.client}))

@@ -210,3 +210,35 @@ def test_the_builders_threads_are_released(monkeypatch):
     monkeypatch.setattr("dspark.engine.engine.release_team", lambda: released.append(threading.current_thread()))
     Engine(engine()).close()
     assert released == [threading.current_thread()]
+
+
+def test_what_waits_for_its_time_is_told_before_a_step_with_a_prompt():
+    """With a pace that never comes: the first commit, what is there when a prompt comes in, the rest with the last."""
+
+    async def main():
+        core = engine("none")
+        doors, forward = {5: threading.Event(), 10: threading.Event()}, core.runner.forward
+
+        def held(step):
+            if core.timings.steps in doors:
+                assert doors[core.timings.steps].wait(60)
+            return forward(step)
+
+        core.runner.forward = held
+        async with Engine(core, pace=3600.0) as served:
+            told, other = [], None
+            async for batch in served.batches([(PROMPTS[0], greedy(30))]):
+                told.append([token for _, commit in batch for token in commit.token_ids])
+                if other is None:
+                    while core.timings.steps < 5:
+                        await asyncio.sleep(0.001)
+                    other = asyncio.create_task(served.generate(PROMPTS[1], greedy(5)))
+                    await asyncio.sleep(0)  # it is asked for while the sixth step is held
+                    doors[5].set()
+                else:
+                    doors[10].set()
+            await other
+            assert [len(batch) for batch in told] == [1, 5, 24]
+            assert [token for batch in told for token in batch] == plain(PROMPTS[0], 30)
+
+    asyncio.run(main())

@@ -35,6 +35,8 @@ def document(tiny_pair):
             fields = schema.raw_schema["paths"][f"/v1/{endpoint}"]["post"]["requestBody"]["content"]["application/json"]
             name = fields["schema"]["$ref"].rpartition("/")[2]
             schema.raw_schema["components"]["schemas"][name]["properties"]["model"] = {"const": "tiny"}
+        own = schema.raw_schema["components"]["schemas"]["Extensions"]["properties"]
+        own["deadline_ms"] = {"enum": [None, 60_000]}  # a request for an answer within 1 ms is rightly a 504
         yield schema
 
 

@@ -42,6 +42,9 @@ def serve(
     max_draft: Annotated[int | None, typer.Option(help="Draft at most this many tokens a round.")] = None,
     pages: Annotated[int | None, typer.Option(help="Pages of 16 tokens; default: as memory reaches.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Costs for the planner, as `dspark profile` writes.")] = None,
+    stream_ms: Annotated[
+        float, typer.Option(min=0, help="Between two events of a stream, its first and last aside; 0: every commit.")
+    ] = 20.0,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that running requests get after SIGTERM.")] = 30,
     compile: Annotated[bool, typer.Option(help="Compile the forwards, in the background.")] = True,
     dtype: Dtype = "auto",
@@ -123,7 +126,7 @@ def serve(
     from dspark.server.api import create_app
     from dspark.server.launch import make_server, run
 
-    engine = Engine(core)
+    engine = Engine(core, stream_ms / 1000)
     app = create_app(engine, config, results, tracing=tracing)
     traces = "none" if tracing is None else trace_url or "as the environment says"
     bound.listen(BACKLOG)  # whoever reads the address may connect: the first requests wait for the loop

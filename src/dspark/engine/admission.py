@@ -58,6 +58,12 @@ class Admission:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
+    @property
+    def prefilling(self) -> bool:
+        """Whether the next step may compute prompts, and so take longer than others."""
+        free = len(self.running) < self.config.max_running
+        return bool(self.waiting and free) or not all(request.decoding for request in self.running)
+
     def remove(self, request: Request) -> None:
         """Take a request out at any time; its pages go back."""
         if request in self.running:

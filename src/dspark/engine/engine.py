@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,12 +20,14 @@ from dspark.common.sampling_params import SamplingParams
 from dspark.common.threads import release_team
 from dspark.drafters.base import Drafter
 from dspark.engine.build import build_engine
+from dspark.engine.delivery import Delivery, Placed, Stream
 from dspark.engine.llm import Result
 from dspark.engine.request import Commit
 from dspark.engine.step import EngineCore, RequestsFailed
 from dspark.models.target import Target
 
 Prompt = str | Sequence[int]
+PACE = 0.02  # s; nobody reads faster
 SHORT = 2048  # characters, or tokens, that are looked at on the event loop
 Answer = TypeVar("Answer")
 
@@ -43,23 +44,15 @@ class DeadlinePassed(TimeoutError):
     """A request was not done in the time it was given; it has left the engine."""
 
 
-@dataclass(eq=False)
-class _Stream:
-    """One caller's end: where the commits of its requests go, each with the place of its prompt."""
-
-    loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[tuple[int, Commit] | BaseException] = field(default_factory=asyncio.Queue)
-    open: dict[int, int] = field(default_factory=dict)  # request id: place
-
-
 class Engine:
     """Serves streams. Closing a stream, by leaving its loop or cancelling its task, cancels the request."""
 
-    def __init__(self, core: EngineCore):
-        """The core belongs to this engine from now on: nobody else may step it."""
+    def __init__(self, core: EngineCore, pace: float = PACE):
+        """The core belongs to this engine from now on: nobody else may step it. `pace` in seconds, see delivery.py."""
         self.core = core
+        self._delivery = Delivery(pace)
         self._commands: deque[Callable[[], None]] = deque()
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, Stream] = {}
         self._wake = threading.Condition()
         self._error: BaseException | None = None
         self._closing = False
@@ -82,14 +75,24 @@ class Engine:
 
     async def streams(
         self, asked: Sequence[tuple[Prompt, SamplingParams | None]], *, seconds: float | None = None
-    ) -> AsyncGenerator[tuple[int, Commit], None]:
-        """The commits of several prompts as they happen, each with its prompt's place in `asked`.
+    ) -> AsyncGenerator[Placed, None]:
+        """The commits of several prompts as they happen, each with its prompt's place in `asked`; as `batches`."""
+        async with aclosing(self.batches(asked, seconds=seconds)) as batches:
+            async for batch in batches:
+                for placed in batch:
+                    yield placed
+
+    async def batches(
+        self, asked: Sequence[tuple[Prompt, SamplingParams | None]], *, seconds: float | None = None
+    ) -> AsyncGenerator[list[Placed], None]:
+        """The commits of several prompts as they happen, those that come within `pace` together.
 
         They belong together: an error of one ends all. Raises UserError for what cannot be served, StepFailed where
         a step with one of them failed, DeadlinePassed when they are not all done after `seconds`: they leave the
         engine before its next step, whether or not anybody is waiting for a commit here.
         """
-        stream = _Stream(loop := asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        stream = Stream(loop)
         late = loop.call_later(seconds, self._expire, stream, seconds) if seconds is not None else None
         try:
             tokens = [await self._tokens(prompt) for prompt, _ in asked]
@@ -99,21 +102,22 @@ class Engine:
             self._command(lambda: self._add(stream, jobs))
             left = len(jobs)
             while left:
-                item = await stream.queue.get()
-                if isinstance(item, BaseException):
-                    raise item
-                left -= item[1].finish_reason is not None
-                yield item
+                batch, failure = await stream.take()
+                left -= sum(commit.finish_reason is not None for _, commit in batch)
+                if batch:
+                    yield batch
+                if left and failure is not None:
+                    raise failure
         finally:
             if late is not None:
                 late.cancel()
             self._let_go(stream)
 
-    def _expire(self, stream: _Stream, seconds: float) -> None:
+    def _expire(self, stream: Stream, seconds: float) -> None:
         self._let_go(stream)
-        stream.queue.put_nowait(DeadlinePassed(f"the request was not done after {seconds:.1f} s"))
+        stream.put([DeadlinePassed(f"the request was not done after {seconds:.1f} s")])
 
-    def _let_go(self, stream: _Stream) -> None:
+    def _let_go(self, stream: Stream) -> None:
         with contextlib.suppress(EngineStopped):  # it has let go of everything already
             self._command(lambda: self._remove(stream))
 
@@ -175,7 +179,7 @@ class Engine:
             self._commands.append(command)
             self._wake.notify()
 
-    def _add(self, stream: _Stream, jobs: Sequence[tuple[Prompt, SamplingParams | None]]) -> None:
+    def _add(self, stream: Stream, jobs: Sequence[tuple[Prompt, SamplingParams | None]]) -> None:
         try:
             for place, (prompt, params) in enumerate(jobs):
                 request_id = self.core.add(prompt, params)
@@ -183,9 +187,10 @@ class Engine:
                 self._streams[request_id] = stream
         except Exception as error:
             self._remove(stream)
-            self._send([(stream, error)])
+            self._end([stream], error)
 
-    def _remove(self, stream: _Stream) -> None:
+    def _remove(self, stream: Stream) -> None:
+        self._delivery.drop(stream)
         for request_id in stream.open:
             if self._streams.pop(request_id, None) is not None:
                 self.core.cancel(request_id)
@@ -193,14 +198,18 @@ class Engine:
     def _step(self) -> None:
         """One step. One that fails ends the requests to blame, or all in it; the engine goes on if it has its pages."""
         self._step_started = time.monotonic()
+        if self.core.admission.prefilling:
+            self._delivery.send(everything=True)
         try:
-            self._deliver(self.core.step())
+            for commit in self.core.step():
+                self._deliver(commit)
+            self._delivery.send()
         except Exception as error:
             self.failed_steps += 1
             hit = [self._streams.pop(request_id, None) for request_id in self._abandon(error)]
             failure = StepFailed(f"a step failed: {error}")
             failure.__cause__ = error
-            self._send([(stream, failure) for stream in dict.fromkeys(hit) if stream is not None])
+            self._end([stream for stream in dict.fromkeys(hit) if stream is not None], failure)
         finally:
             self._step_started = None
 
@@ -225,31 +234,18 @@ class Engine:
         stopped.__cause__ = self._error
         for command in self._commands:
             command()  # late arrivals learn of it as well
-        self._send([(stream, stopped) for stream in dict.fromkeys(self._streams.values())])
+        self._end(list(dict.fromkeys(self._streams.values())), stopped)
         for request_id in list(self._streams):
             self.core.cancel(request_id)
 
-    def _deliver(self, commits: Sequence[Commit]) -> None:
-        addressed: list[tuple[_Stream, tuple[int, Commit] | BaseException]] = []
-        for commit in commits:
-            stream = self._streams.get(commit.request_id)
-            if stream is not None:
-                addressed.append((stream, (stream.open[commit.request_id], commit)))
-                if commit.finish_reason:
-                    del self._streams[commit.request_id]
-        self._send(addressed)
+    def _deliver(self, commit: Commit) -> None:
+        stream = self._streams.get(commit.request_id)
+        if stream is not None:
+            self._delivery.put(stream, (stream.open[commit.request_id], commit))
+            if commit.finish_reason:
+                del self._streams[commit.request_id]
 
-    @staticmethod
-    def _send(addressed: Sequence[tuple[_Stream, tuple[int, Commit] | BaseException]]) -> None:
-        """One wake-up of each event loop, however many streams it has."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, tuple[int, Commit] | BaseException]]] = {}
-        for stream, item in addressed:
-            by_loop.setdefault(stream.loop, []).append((stream, item))
-        for loop, items in by_loop.items():
-
-            def put(items: list[tuple[_Stream, tuple[int, Commit] | BaseException]] = items) -> None:
-                for stream, item in items:
-                    stream.queue.put_nowait(item)
-
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(put)
+    def _end(self, streams: Sequence[Stream], error: BaseException) -> None:
+        for stream in streams:
+            self._delivery.put(stream, error)
+        self._delivery.send()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from dspark.engine.request import RequestStatistics, TokenLogprob, TokenTrace
+from dspark.engine.request import Commit, RequestStatistics, TokenLogprob, TokenTrace
 from dspark.server.tool_calls import CallFormat, CallReader, ToolCall
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
@@ -28,6 +28,25 @@ class Piece:
     statistics: RequestStatistics | None = None  # with the last piece
     trace: list[TokenTrace] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None  # with the first piece, of the prompt but its first token
+
+    @staticmethod
+    def of(choice: int, commits: Sequence[Commit]) -> Piece:
+        """What some commits of one text, at least one, add to its choice."""
+        first, last = commits[0], commits[-1]
+        logprobs = trace = None
+        if first.logprobs is not None:
+            logprobs = [one for commit in commits for one in commit.logprobs or ()]
+        if first.trace is not None:
+            trace = [one for commit in commits for one in commit.trace or ()]
+        return Piece(
+            choice,
+            "".join([commit.text for commit in commits]),
+            logprobs,
+            last.finish_reason,
+            last.statistics if last.finish_reason else None,
+            trace,
+            first.prompt_logprobs,
+        )
 
     def take(self, more: Piece) -> None:
         """Put what follows behind it."""

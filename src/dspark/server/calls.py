@@ -6,6 +6,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,15 +51,17 @@ class Call:
         """Seconds since it arrived."""
         return time.perf_counter() - self.arrived
 
-    def take(self, choice: int, commit: Commit) -> None:
-        """A commit of one of its texts."""
-        self.completion_tokens += len(commit.token_ids)
+    def take(self, choice: int, commits: Sequence[Commit]) -> None:
+        """Commits of one of its texts, at least one."""
+        for commit in commits:
+            self.completion_tokens += len(commit.token_ids)
         if self.first_token is None:
             self.first_token = self.age
-        if commit.finish_reason:
-            self.finished.append(commit.statistics)
+        if commits[-1].finish_reason:
+            self.finished.append(commits[-1].statistics)
         if self.rounds is not None:
-            self.rounds.take(choice, commit)
+            for commit in commits:
+                self.rounds.take(choice, commit)
 
     @property
     def line(self) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """What is counted with every commit, and the engine's state as it was last read."""
         yield CounterMetricFamily("dspark_generation_tokens", "Tokens generated.", self.generated)
-        text = "Time since the commit before, shared among a commit's tokens; one observation a token."
+        text = "Time since the tokens sent before, shared among those sent together; one observation a token."
         yield self.between.family("dspark_inter_token_latency_seconds", text)
         if self.state is not None:
             yield from engine_families(self.state, failed_steps=self.failed_steps, step_age=self.step_age)
@@ -120,10 +120,10 @@ class TextWatch:
         self._arrived = perf_counter()
         self._last: float | None = None
 
-    def take(self, commit: Commit) -> None:
-        """A commit that reached the server."""
-        metrics, now = self._metrics, perf_counter()
-        tokens = len(commit.token_ids)
+    def take(self, commits: Sequence[Commit]) -> int:
+        """Commits that reached the server together, at least one; how many tokens they brought."""
+        metrics, now, commit = self._metrics, perf_counter(), commits[-1]
+        tokens = sum(len(one.token_ids) for one in commits)
         metrics.generated += tokens
         if self._last is None:
             metrics._first.observe(now - self._arrived)
@@ -135,6 +135,7 @@ class TextWatch:
             metrics._finished.labels(commit.finish_reason).inc()
             metrics._whole.observe(now - self._arrived)
             metrics._preemptions.inc(commit.statistics.preemptions)
+        return tokens
 
     def _started(self, statistics: RequestStatistics) -> None:
         metrics = self._metrics

@@ -15,6 +15,7 @@ from dspark.common.chat import render_chat
 from dspark.common.errors import UserError
 from dspark.common.sampling_params import SamplingParams
 from dspark.engine.engine import SHORT, DeadlinePassed, Engine, EngineStopped, StepFailed
+from dspark.engine.request import Commit
 from dspark.server.answers import Decode, Piece, Usage
 from dspark.server.calls import Call
 from dspark.server.engine_metrics import EngineState
@@ -131,27 +132,21 @@ class Service:
             watches = [self.metrics.watch() for _ in jobs]
             seconds = self._seconds_left(call, deadline_ms)
             try:
-                async with aclosing(self.engine.streams(jobs, seconds=seconds)) as commits:
-                    async for place, commit in commits:
-                        watches[place].take(commit)
-                        call.take(place, commit)
-                        usage.completion += len(commit.token_ids)
-                        if place in fresh:
-                            fresh.discard(place)
-                            usage.cached += commit.statistics.cached_tokens
-                        if commit.error is not None:
-                            said = f"the text cannot follow its grammar any further: {commit.error}; simplify it"
-                            raise ApiError(400, said, code="grammar_failed")
-                        last = commit.statistics if commit.finish_reason else None
-                        yield Piece(
-                            place,
-                            commit.text,
-                            commit.logprobs,
-                            commit.finish_reason,
-                            last,
-                            commit.trace,
-                            commit.prompt_logprobs,
-                        )
+                async with aclosing(self.engine.batches(jobs, seconds=seconds)) as batches:
+                    async for batch in batches:
+                        by_place: dict[int, list[Commit]] = {}
+                        for place, commit in batch:
+                            by_place.setdefault(place, []).append(commit)
+                        for place, commits in by_place.items():
+                            usage.completion += watches[place].take(commits)
+                            call.take(place, commits)
+                            if place in fresh:
+                                fresh.discard(place)
+                                usage.cached += commits[0].statistics.cached_tokens
+                            if (trouble := commits[-1].error) is not None:
+                                said = f"the text cannot follow its grammar any further: {trouble}; simplify it"
+                                raise ApiError(400, said, code="grammar_failed")
+                            yield Piece.of(place, commits)
             except (StepFailed, EngineStopped, DeadlinePassed) as error:
                 told = _failure(error)
                 call.error = told.code

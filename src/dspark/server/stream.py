@@ -43,7 +43,7 @@ def event(data: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Pieces as server-sent events, each as soon as it is there."""
+    """Pieces as server-sent events, each as soon as the engine sends it."""
 
     media_type = "text/event-stream"
 
