@@ -1,6 +1,7 @@
 """A server under bad luck: killed while it answers, soaked, overloaded, and sent nonsense. (issue 5's bars)
 
     python benchmarks/server_faults.py crash --requests 200
+    python benchmarks/server_faults.py failover --requests 200 --redis redis://127.0.0.1
     python benchmarks/server_faults.py soak --requests 10000
     python benchmarks/server_faults.py overload --seconds 15
     python benchmarks/server_faults.py fuzz --requests 5000
@@ -18,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 import uvloop
-from faults.crash import crash
+from faults.crash import crash, failover
 from faults.nonsense import fuzz
 from faults.overload import overload
 from faults.soak import soak
@@ -26,7 +27,7 @@ from faults.soak import soak
 
 def main() -> None:
     """One fault, told as JSON."""
-    faults = {"crash": crash, "soak": soak, "overload": overload, "fuzz": fuzz}
+    faults = {"crash": crash, "failover": failover, "soak": soak, "overload": overload, "fuzz": fuzz}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fault", choices=faults)
     parser.add_argument("--requests", type=int, default=200)
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=64, help="of overload: texts at once, the server's default")
     parser.add_argument("--queue", type=int, help="of overload: default, the server's own")
     parser.add_argument("--tokens", type=int, default=64, help="of each text of overload, at most of soak")
+    parser.add_argument("--redis", default="redis://127.0.0.1", help="of failover: what its servers share")
     parser.add_argument("--seed", type=int, default=0, help="of fuzz")
     parser.add_argument("--short", action="store_true", help="a run too short to judge memory by")
     parser.add_argument("--target")
