@@ -23,8 +23,8 @@ from dspark.speculation.worth import Worth
 
 KEEP = 8  # steps between two decisions about who drafts, at least
 LONGEST = 128  # ... and at most, while anybody drafts
-DECISION = 1e-3, 5e-6  # s that one is taken to cost, and for each request
-CHOOSING = 8e-5, 1e-6  # s that reading and weighing a draft's confidences is taken to cost, and for each request
+DECISION = 1.3e-3, 1e-5  # s that one is taken to cost, and for each request
+CHOOSING = 2e-4, 2e-6  # s that reading and weighing a draft's confidences is taken to cost, and for each request
 DECIDING = 0.01  # share of the time that decisions may take
 HEARD = 256, 4  # requests' rounds that are learnt from at a decision, in at least so many steps
 HELD = 8  # steps that are held against their prices at a decision

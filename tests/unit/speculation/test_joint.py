@@ -153,8 +153,8 @@ def test_where_rows_cost_little_the_draft_is_verified_whole_and_looked_at_now_an
     assert 0.5 < np.mean(whole[1000:]) < 1.0
     assert 0.75 < planner.acceptance.conditional(1)[0] < 0.85  # it goes on learning
 
-    turned = list(serve_whole(planner, lambda step: 0.02, 3000))
-    assert np.mean(turned[2500:]) < 0.05  # nothing is drafted any more but in trials
+    turned = list(serve_whole(planner, lambda step: 0.02, 6000))
+    assert np.mean(turned[3000:]) < 0.1  # only trials are left, and what a lucky one brings
 
 
 def test_where_rows_cost_much_every_draft_is_weighed():
