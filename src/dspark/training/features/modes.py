@@ -108,8 +108,10 @@ def admitted_pieces(data: Documents, encoding: Encoding, budget_gb: float) -> in
 
 def identity(target: OnlineTarget) -> dict[str, Any]:
     """Enough of a target to tell it from another: its config and the bytes of some of its weights."""
-    config = target.decoder.config
-    digest = hashlib.sha256(config.to_json_string(use_diff=False).encode())
+    config = target.decoder.config.to_dict()
+    for changing in ("_name_or_path", "transformers_version"):  # the same target, moved or loaded by another version
+        config.pop(changing, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     parameters = list(target.decoder.parameters())
     for parameter in (parameters[0], parameters[len(parameters) // 2], parameters[-1]):
         rows = parameter.detach().reshape(-1)[:65536].float().cpu()
