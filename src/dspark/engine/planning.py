@@ -105,10 +105,11 @@ class Planning:
             return [0] * len(schedule.sampled)
         limit_R = [most if most < own else own for own, most in zip(schedule.limits, draft.length_R, strict=True)]
         self._round = self._round.drafted(limit_R, schedule.limits)
-        learning = self.calibration is not None and (self._audited or self._clock.due)
-        if getattr(self.planner, "takes_all", False) and not learning:
+        whole = getattr(self.planner, "takes_all", False)
+        if whole and (self.calibration is None or not (self._audited or self._clock.due)):
             self._unread = True
             return limit_R
+        before = time.perf_counter()
         confidence_RK: Array = as_array(draft.confidence_RK.cpu().numpy())
         missing = max(schedule.limits) - confidence_RK.shape[1]
         if missing > 0:  # where a block ended tells of its tokens: a planner sees as many slots as it asked for
@@ -117,6 +118,9 @@ class Planning:
         if self.calibration is not None:
             confidence_RK = self.calibration.confidence(self._round, confidence_RK)
         self._survival_RK = np.asarray(np.multiply.accumulate(confidence_RK, axis=1))
+        if whole:  # read to learn from alone
+            self._clock.spend(time.perf_counter() - before)
+            return limit_R
         plan = self.planner.plan(self._round, self._survival_RK)
         for r in self._audited:
             plan[r] = limit_R[r]

@@ -6,6 +6,7 @@ R requests, K draft slots, M = 0..R requests that draft, N drafted tokens verifi
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ from dspark.ops.walk import walk
 from dspark.speculation.acceptance import Acceptance, groups_of
 from dspark.speculation.ending import worth_drafting
 from dspark.speculation.guard import size_of
+from dspark.speculation.looks import Looks
 from dspark.speculation.prices import Prices
 from dspark.speculation.round import Array, Outcome, Round, as_array
 from dspark.speculation.scheduled import Priced, RunningMeans, widest
@@ -28,8 +30,9 @@ CHOOSING = 2e-4, 2e-6  # s that reading and weighing a draft's confidences is ta
 DECIDING = 0.01  # share of the time that decisions may take
 HEARD = 256, 4  # requests' rounds that are learnt from at a decision, in at least so many steps
 HELD = 8  # steps that are held against their prices at a decision
-WIDER = 4  # decisions between two rounds that draft all that fits, to learn of slots further on
-ENOUGH = 8  # requests' rounds of one width that tell what it is worth to choose after drafting
+FIRST_LOOK = 4  # decisions before the first look at whole drafts: what later slots bring, and what choosing would have
+LOOKING = 0.03  # share of the steps that looks may be
+ENOUGH = 16  # requests' rounds of a look
 STRAIGHT = 0.02  # of a step: prices this near to a line are taken for one
 
 
@@ -48,6 +51,7 @@ class Joint(Priced):
         self.means = RunningMeans()
         self.worth = Worth()
         self.trials = Trials()
+        self.looks = Looks()
         self.rate = 0.0  # tokens (by worth) per second of the present choice: the price of a second
         self._chosen: dict[int, int] = {}  # slots by request
         self._new: dict[str, int] = {}  # ... by group, of requests that the last decision did not know
@@ -60,7 +64,8 @@ class Joint(Priced):
         self._plain = 0.0  # s of a plain step
         self._heard: list[tuple[Outcome, bool]] = []  # and whether it was a trial
         self._won = 0  # tokens of the requests under trial
-        self._seen_NK = np.zeros((0, 0))  # survival in the newest rounds
+        self._unseen = sys.maxsize  # steps since the last look
+        self._looking = False  # drafts of all slots are verified whole, their confidences read
         self._row = 0.0  # s of one verified token, on average over the present choice
         self._bound: float | None = None  # on survival, for several requests under straight prices
         self._stop_K: list[float] = []  # ... by slot, for one request
@@ -71,6 +76,7 @@ class Joint(Priced):
         if self._left <= 0 or size_of(round.requests) != self._size:
             self._decide(round)
         self._left -= 1
+        self._unseen += 1
         chosen, ids = self._chosen, _ids(round)
         slots_R = [chosen.get(request, -1) for request in ids]
         if -1 in slots_R:
@@ -91,8 +97,8 @@ class Joint(Priced):
 
     @property
     def takes_all(self) -> bool:
-        """Whether every draft is verified whole: choosing after drafting has won less than the time it takes."""
-        return self._whole
+        """Whether every draft is verified whole: choosing after drafting would win less than the time it takes."""
+        return self._whole and not self._looking
 
     def going_on(self, round: Round, survival_R: Array, drawn: int) -> bool:
         """Whether the drafter draws another slot after `drawn` of them, by the drafting requests' survival so far.
@@ -115,6 +121,8 @@ class Joint(Priced):
         """What is worth its rows at the present price of time."""
         if survival_RK is None:
             return [0] * round.requests
+        if self._looking:
+            return list(round.limit_R)
         if round.requests == 1:
             return [self._alone(survival_RK[0].tolist(), round)]
         a_RK, weight_R = as_array(survival_RK), self.worth.of(round)
@@ -184,7 +192,7 @@ class Joint(Priced):
         round = round.without_prefill()
         ids, most = _ids(round), max(round.limit_R)
         self._chosen, self._new, self._left = dict.fromkeys(ids, 0), {}, KEEP
-        self._stop_K, self._bound, self._width, self._whole = [], None, 0, False
+        self._stop_K, self._bound, self._width, self._whole, self._looking = [], None, 0, False, False
         if not most:
             return
         survival_RK = self.acceptance.survival(round, most)
@@ -200,7 +208,6 @@ class Joint(Priced):
         self._odds_K = (mean_K / (1.0 - mean_K)).tolist()
         self._pace(round)
         self._price_rows(round)
-        self._look(round)
 
     def _pace(self, round: Round) -> None:
         """How long the choice stands, and whether something else is tried first."""
@@ -211,10 +218,12 @@ class Joint(Priced):
         self.trials.drafted(drafting)
         idle = [(r, request) for r, request in enumerate(_ids(round)) if not self._chosen[request] and round.limit_R[r]]
         self._left = min(max(round_up(cost / (DECIDING * step)), KEEP), LONGEST, 1 << min(self._decisions, 30))
-        if idle:
+        look = round_up(ENOUGH / max(len(drafting), 1))
+        if drafting and self._decisions >= FIRST_LOOK and look <= LOOKING * self._unseen:
+            self._looking, self._left, self._unseen = True, look, 0
+            self._chosen.update(dict.fromkeys(drafting, most))
+        elif idle:
             self._try(round, idle, len(drafting), self._tried_width)
-        elif self._width < most and self._decisions % WIDER == 0:
-            self._chosen, self._left = dict.fromkeys(self._chosen, most), 1
 
     def _try(self, round: Round, idle: list[tuple[int, int]], drafting: int, width: int) -> None:
         """Let requests draft that have not for longest, as far as the allowance goes; else wait for it."""
@@ -242,25 +251,16 @@ class Joint(Priced):
         if float(np.abs(off_N1).max()) <= STRAIGHT * float(table_N1[0]):
             self._bound = self.rate * self._row
 
-    def _look(self, round: Round) -> None:
-        """Whether drafts are chosen from once they exist; if that has not paid, now and then for some steps."""
-        drafting = sum(slots > 0 for slots in self._chosen.values())
-        if not drafting or not len(self._seen_NK):
-            return
-        won = drafting * float(self._options(self._width)[-1]) if self._width else 0.0
-        if won / self.rate < CHOOSING[0] + CHOOSING[1] * round.requests:
-            self._whole = self._decisions % WIDER != 0
-            if not self._whole:
-                self._left = min(self._left, ENOUGH)
-
     def _rates(self, round: Round, survival_RK: Array, weight_R: Array) -> tuple[NDArray[np.intp], Array]:
-        """By slots, requests in the order of gain, [R, K], and tokens per second with the first M, [R + 1, K + 1]."""
+        """By slots, requests in the order of gain, [R, K], and tokens per second with the first M, [R + 1, K + 1].
+
+        With drafts verified whole, or chosen from in the time that this takes: whichever reaches more, `_whole` says.
+        """
         requests, most = survival_RK.shape
         limit_R1 = np.asarray(round.limit_R)[:, None]
         slot_K = np.arange(1, most + 1)
         rows_RK = np.minimum(slot_K, limit_R1)
         gain_RK = np.cumsum(weight_R[:, None] * survival_RK * (slot_K <= limit_R1), axis=1)
-        gain_RK += self._options(most) * (limit_R1 > 0)
         order_RK = np.argsort(-gain_RK, axis=0, kind="stable")
         gain_MK, rows_MK = np.zeros((2, requests + 1, most + 1))
         np.cumsum(np.take_along_axis(gain_RK, order_RK, 0), axis=0, out=gain_MK[1:, 1:])
@@ -270,20 +270,12 @@ class Joint(Priced):
         seconds_MK *= self.guard.factor(requests, drafting=True)
         self._plain = float(verify_N1[0]) * self.guard.factor(requests, drafting=False)
         seconds_MK[0, :] = seconds_MK[:, 0] = self._plain
-        return order_RK, (weight_R.sum() + gain_MK) / seconds_MK
-
-    def _options(self, most: int) -> Array:
-        """Tokens a request's draft of n slots is worth more for its rows being chosen after drafting, [most].
-
-        From the newest rounds' survivals: what the best number of rows of each is worth beyond all of them.
-        """
-        option_K = np.zeros(most)
-        if len(self._seen_NK):
-            price = self.rate * self._row
-            gain_NK = np.cumsum(self._seen_NK[:, :most] - price, axis=1)
-            best_NK = np.maximum.accumulate(np.maximum(gain_NK, 0.0), axis=1)
-            option_K[: gain_NK.shape[1]] = (best_NK - gain_NK).mean(0)
-        return option_K
+        whole_MK = (weight_R.sum() + gain_MK) / seconds_MK
+        gain_MK[1:, 1:] += np.arange(1, requests + 1)[:, None] * self.looks.options(most, self.rate * self._row)
+        seconds_MK[1:, 1:] += CHOOSING[0] + CHOOSING[1] * requests
+        chosen_MK = (weight_R.sum() + gain_MK) / seconds_MK
+        self._whole = bool(whole_MK.max() >= chosen_MK.max())
+        return order_RK, whole_MK if self._whole else chosen_MK
 
     def _learn(self, requests: int) -> None:
         heard, self._heard = self._heard[-max(HEARD[0] // requests, HEARD[1]) :], []
@@ -296,8 +288,8 @@ class Joint(Priced):
             return
         a_NK, limit_N, count = widest(rounds)
         self.means.observe(a_NK, limit_N, count)
-        if limit_N.count(a_NK.shape[1]) >= ENOUGH:
-            self._seen_NK = a_NK[np.array(limit_N) == a_NK.shape[1]]
+        if self._looking:
+            self.looks.remember(rounds)
 
 
 def round_up(value: float) -> int:

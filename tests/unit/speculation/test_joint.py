@@ -23,8 +23,8 @@ COST = StepCost(
 SLOTS = 7
 
 
-def serve(planner, chances, steps, params=None, seed=0):
-    """Steps of requests whose drafts are accepted with the given chance a slot."""
+def serve(planner, chances, steps, params=None, seed=0, told=None):
+    """Steps of requests whose drafts are accepted with the given chance a slot, as confidences say or `told` does."""
     rng = np.random.default_rng(seed)
     prices, log = planner.prices, []
     for step in range(steps):
@@ -34,7 +34,7 @@ def serve(planner, chances, steps, params=None, seed=0):
         round = Round([SLOTS] * requests, (), list(range(requests)), [64] * requests, everyone)
         slots = planner.slots(round)
         round, width = round.drafted(slots, slots), max(slots)
-        confidence_RK = np.repeat(np.array(chance_R)[:, None], width, 1)
+        confidence_RK = np.repeat(np.array(chance_R if told is None else [told() for _ in chance_R])[:, None], width, 1)
         survival_RK = np.cumprod(confidence_RK, 1) if width else None
         plan = planner.plan(round, survival_RK)
         assert all(0 <= n <= s for n, s in zip(plan, slots, strict=True))
@@ -159,7 +159,17 @@ def test_where_rows_cost_little_the_draft_is_verified_whole_and_looked_at_now_an
 
 def test_where_rows_cost_much_every_draft_is_weighed():
     planner = Joint(Prices(COST))
-    assert not any(serve_whole(planner, lambda step: (0.1, 0.95)[step % 2], 1000))
+    whole = list(serve_whole(planner, lambda step: (0.1, 0.95)[step % 2], 1000))
+    assert not any(whole[200:])  # since the first look
+
+
+def test_confidences_that_tell_nothing_are_not_chosen_by():
+    """Sure of half of the drafts and unsure of the others, but all are accepted alike."""
+    planner = Joint(Prices(COST))
+    rng = np.random.default_rng(1)
+    serve(planner, [0.8], 400, told=lambda: (0.2, 0.95)[int(rng.random() < 0.5)])
+    assert len(planner.looks.accepted_N) and planner.looks.options(SLOTS, 0.2).max() < 0.3
+    assert planner.takes_all
 
 
 def test_groups_share_what_their_requests_teach():
