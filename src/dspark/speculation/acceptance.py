@@ -16,7 +16,7 @@ from dspark.speculation.round import Array, Outcome, Round
 
 FIRST_ACCEPTANCE = 0.7  # conditional, of a drafter nothing is known about
 FIRST_WEIGHT = 4.0  # rounds that guess counts for
-POOL_MEMORY = 0.995  # of what everyone's rounds said, per request and round
+POOL_MEMORY = 0.995  # of what everyone's rounds said of a slot, per round that reached it
 LEAST_SURE = 0.2  # so that a slot that was hardly ever reached moves little
 LARGEST = 7.0  # logit of acceptance
 OWN_MEMORY = 0.95  # of a request's or a group's, per round of theirs
@@ -79,7 +79,8 @@ class Acceptance:
         slots = passed_NK.shape[1]
         self._grow(slots)
         p_NK = sigmoid(self.logit_K[:slots] + np.log(factor_N)[:, None])
-        self.sure_K *= POOL_MEMORY ** int(reached_NK[:, 0].sum())
+        # by slot: one that is seldom drafted is not forgotten over the rounds of others
+        self.sure_K[:slots] *= POOL_MEMORY ** reached_NK.sum(0)
         self.sure_K[:slots] += (reached_NK * p_NK * (1 - p_NK)).sum(0)
         move_K = (passed_NK - reached_NK * p_NK).sum(0) / (self.sure_K[:slots] + LEAST_SURE)
         self.logit_K[:slots] += np.minimum(np.maximum(move_K, -1.0), 1.0)

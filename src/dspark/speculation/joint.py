@@ -62,7 +62,7 @@ class Joint(Priced):
         self._size = 0
         self._decisions = 0
         self._plain = 0.0  # s of a plain step
-        self._heard: list[tuple[Outcome, bool]] = []  # and whether it was a trial
+        self._heard: list[tuple[Outcome, bool]] = []  # and whether it was a trial or a look
         self._won = 0  # tokens of the requests under trial
         self._unseen = sys.maxsize  # steps since the last look
         self._looking = False  # drafts of all slots are verified whole, their confidences read
@@ -140,7 +140,7 @@ class Joint(Priced):
         if trial:
             ids = outcome.round.request_ids
             self._won += sum(n for i, n in zip(ids, outcome.accepted_R, strict=False) if i in self.trials.running)
-        self._heard.append((outcome, trial))
+        self._heard.append((outcome, trial or self._looking))  # neither is what was chosen as best
         self._left -= outcome.rest_steps
         if self.worth.floors:
             self.worth.observe(outcome)
