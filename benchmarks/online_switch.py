@@ -1,6 +1,6 @@
 """How soon confidences are true again after the workload turns from code to prose: bar 2.5 % within 500 rounds.
 
-python benchmarks/online_switch.py [--prompts 400] [--tokens 48] [--temperature 1] [--replays 12] [--rounds rounds.npz]
+python benchmarks/online_switch.py [--prompts 800] [--tokens 48] [--temperature 1] [--replays 12] [--rounds rounds.npz]
 
 Rounds of the demo pair on both kinds of prompts, verified in full, are recorded once (`--rounds` keeps them) and then
 replayed in other orders: an online calibration that starts from the fit on code hears 1000 rounds of code, then prose.
@@ -36,7 +36,7 @@ STREAMS = 8  # requests of a step
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--prompts", type=int, default=400, help="of each kind")
+    parser.add_argument("--prompts", type=int, default=800, help="of each kind")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--replays", type=int, default=12)

@@ -41,8 +41,8 @@ class Joint(Priced):
 
     Before drafting: for every number of slots, the requests in the order of what their drafts are expected to bring;
     the best (slots, requests) of all, drafting nothing included. It stands for some steps; requests that come meanwhile
-    draft if their group's drafts are as good. After drafting: a bound on survival, or where the step's price has
-    cliffs a walk over the slots as in `Lookahead`.
+    draft if their group's drafts are as good. After drafting: everything, where `Looks` say that choosing wins less
+    than it takes; else a bound on survival, or where the step's price has cliffs a walk over slots as in `Lookahead`.
     """
 
     def __init__(self, prices: Prices, first: Acceptance | None = None):
@@ -69,7 +69,7 @@ class Joint(Priced):
         self._row = 0.0  # s of one verified token, on average over the present choice
         self._bound: float | None = None  # on survival, for several requests under straight prices
         self._stop_K: list[float] = []  # ... by slot, for one request
-        self._whole = False
+        self._whole = False  # the present choice verifies drafts whole
 
     def slots(self, round: Round) -> list[int]:
         """Slots by request: the standing decision, or a new one."""
@@ -106,6 +106,8 @@ class Joint(Priced):
         Where a block ends tells of all requests' tokens. A walk decides on a slot without knowing which later ones
         exist; a ranking over all slots, such as `Greedy`, would leak.
         """
+        if self._looking:  # blocks that ended where they look bad would leave only the good ones to be looked at
+            return True
         most, drafting = max(round.asked_R), len(survival_R)
         draft_K1 = self.prices.drafts(round, most)[drafting]
         verify_N1 = self.prices.verifying(round, drafting * most)

@@ -199,3 +199,12 @@ def test_newcomers_draft_where_their_group_pays_without_a_new_decision():
     round = Round([SLOTS] * 2, (), [500, 501], [64] * 2, [chat, code])
     assert [n > 0 for n in planner.slots(round)] == [False, True]
     assert planner._decisions == decided
+
+
+def test_a_look_lets_no_block_end_early():
+    planner = Joint(Prices(COST))
+    serve(planner, [0.8], 60)
+    round = Round([SLOTS], [SLOTS], [0], [64], [SamplingParams()])
+    assert not planner.going_on(round, np.array([1e-9]), 1)
+    planner._looking = True
+    assert planner.going_on(round, np.array([1e-9]), 1)
