@@ -94,17 +94,28 @@ def test_killed_in_the_middle_of_a_write(place, config, whole, tmp_path):
     assert not [path for path in tmp_path.rglob(".*") if path.name != ".metadata"]
 
 
+def run_a_while(config, out, calls, seconds):
+    """Train, and die so many seconds after the log's line of that number, wherever that is."""
+    original, seen = report.LogFile.line, [0]
+
+    def counted(*args, **kwargs):
+        seen[0] += 1
+        if seen[0] == calls:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        return original(*args, **kwargs)
+
+    report.LogFile.line = counted
+    Trainer(config, out).run()
+
+
 def test_killed_again_and_again(config, whole, tmp_path):
-    rng, kills = random.Random(0), 0
-    while True:
-        process = forked(lambda: Trainer(config, tmp_path).run())
-        process.join(rng.uniform(0.1, 0.6) * (1 + kills / 2))
-        if process.exitcode is not None:
-            break
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        kills += 1
-    assert process.exitcode == 0 and kills > 0
+    rng, ends = random.Random(0), []
+    while not ends or ends[-1] != 0:
+        process = forked(run_a_while, config, tmp_path, 1 + len(ends) // 2, rng.uniform(0, 0.01))
+        process.join(120)
+        ends.append(process.exitcode)
+    assert len(ends) > 3 and set(ends[:-1]) == {-signal.SIGALRM}
     same(tmp_path, whole)
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000009", "step-00000010"]
 
