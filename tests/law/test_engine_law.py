@@ -21,6 +21,7 @@ from dspark.drafters.config import parse
 from dspark.drafters.draft_model import DraftModel
 from dspark.drafters.layer_skip import LayerSkip
 from dspark.drafters.ngram import NGram
+from dspark.engine.following import Following
 from dspark.engine.llm import LLM
 from dspark.models.target import ATTENTION, Target
 from dspark.ops.cpu import load_kernels
@@ -158,12 +159,15 @@ class Trusting(Guard):
 
 
 @pytest.mark.parametrize("acceptance", ["rejection", "coupled"])
-def test_samples_under_the_default_planner_do_too(acceptance):
-    """`auto` is `joint` for any target worth measuring."""
-    target = target_of(5)
+def test_samples_under_the_default_planner_do_too(acceptance, monkeypatch):
+    """`auto` is `joint` for any target worth measuring; some steps follow its choice without asking it."""
+    target, followed = target_of(5), Counter()
+    observe = Following.observe
+    monkeypatch.setattr(Following, "observe", lambda *step: (followed.update(["steps"]), observe(*step))[1])
     planner = parse_planner("joint", StepCost(rows=(1, 512), seconds=(1e-3, 2e-3)))
     planner.guard = Trusting()
     assert distance(sampled(drafter_of("dspark", target), target, planner, acceptance=acceptance), exact_law()) < BOUND
+    assert followed["steps"] > 20
 
 
 @pytest.mark.skipif(not load_kernels(), reason="no C++ compiler: the rounds of float32 run like those of float64")

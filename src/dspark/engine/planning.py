@@ -13,7 +13,8 @@ from torch import Tensor
 from dspark.drafters.base import Draft, GoingOn
 from dspark.engine.admission import Schedule
 from dspark.engine.assemble import Assembled
-from dspark.engine.rest import Rest, Share, prefill_rows
+from dspark.engine.following import Following, round_of
+from dspark.engine.rest import Rest, Share
 from dspark.speculation.ledger import Ledger
 from dspark.speculation.live_cost import LiveCost
 from dspark.speculation.online import OnlineCalibration
@@ -31,40 +32,57 @@ class Planning:
 
     While the planner says that nobody drafts, and for how long (`rest`), it is not asked: a plain step of a small model
     is shorter than its questions. It is asked again when a request comes or the requests become fewer by a bit.
-    While it says that all that is drafted is verified (`takes_all`), confidences are read only to learn from.
+    While it says that all that is drafted is verified (`takes_all`), confidences are read only to learn from; while it
+    also says that its choice is `standing`, it is not asked and nothing is read.
     """
 
     def __init__(self, planner: Planner, *, seed: int | None = None):
-        self.planner = planner
+        self._planner = planner
         self.calibration: OnlineCalibration | None = None  # None: confidences are taken as they are
         self.live: LiveCost | None = None  # the cost the planner reads, where it reads one
         self.ledger = Ledger()
         self._rest = Rest()
+        self._following = Following()
         self._clock = Share(LEARNING)
         self._chance = np.random.default_rng(seed)
         self._audit = int(self._chance.geometric(AUDIT)) - 1  # requests' rounds until the next audit
-        self._round: Round | None = None  # None while nothing can be drafted
+        self._schedule: Schedule | None = None  # None while nothing can be drafted
+        self._round: Round | None = None  # ... or the planner was not asked
         self._audited: list[int] = []
         self._raw_RK: Array | None = None
         self._survival_RK: Array | None = None
         self._unread = False  # whether the round's drafts are verified whole, without a look at their confidences
+        self._followed = False  # ... and the planner was not asked either
+
+    @property
+    def planner(self) -> Planner:
+        """Who is asked; a new one owes nothing to what the last one said."""
+        return self._planner
+
+    @planner.setter
+    def planner(self, planner: Planner) -> None:
+        self._planner, self._rest, self._following = planner, Rest(), Following()
 
     @property
     def reads_confidence(self) -> bool:
         """Whether the planner, or what it would learn from, makes anything of what the drafter thinks of its tokens."""
+        if self._followed:
+            return False
         return self.calibration is not None or getattr(self.planner, "reads_confidence", True)
 
     def going_on(self, drafting: int) -> GoingOn | None:
         """What ends the block of `drafting` requests early; None where the planner has no say in that."""
-        decide, round = getattr(self.planner, "going_on", None), self._round
-        if decide is None or round is None or not any(round.asked_R):
+        decide, schedule, round = getattr(self.planner, "going_on", None), self._schedule, self._round
+        if decide is None or schedule is None or not any(schedule.limits):
             return None
-        raw_RK, drawn = np.zeros((round.requests, max(round.asked_R))), 0
+        raw_RK, drawn = np.zeros((len(schedule.limits), max(schedule.limits))), 0
 
         def answer(confidence_R: Tensor) -> bool:
-            nonlocal drawn
+            nonlocal drawn, round
             raw_RK[:drafting, drawn] = as_array(confidence_R.cpu().numpy())
             drawn += 1
+            if round is None:  # few drafters ask, and the planner was not
+                round = round_of(schedule).drafted(schedule.limits, schedule.limits)
             said_RK = raw_RK if self.calibration is None else self.calibration.confidence(round, raw_RK)
             return bool(decide(round, said_RK[:drafting, :drawn].prod(1), drawn))
 
@@ -72,38 +90,37 @@ class Planning:
 
     def slots(self, schedule: Schedule) -> int:
         """Set how many tokens each request drafts, those that draft in front; returns the most of any."""
-        self._round = self._survival_RK = self._raw_RK = None
-        self._unread = False
+        self._schedule = self._round = self._survival_RK = self._raw_RK = None
+        self._unread = self._followed = False
         if self._rest.holds(schedule):
             schedule.limits = [0] * len(schedule.sampled)
             return 0
         if not any(schedule.limits):
             return 0
+        if self._following.holds(schedule):
+            self._followed, self._schedule = True, schedule
+            return max(schedule.limits)
         self._wake()
-        requests = schedule.sampled
-        before = Round(
-            limit_R=schedule.limits,
-            request_ids=[request.id for request in requests],
-            context_R=[request.cached for request in requests],
-            params_R=[request.params for request in requests],
-            prefill_rows=prefill_rows(schedule),
-        )
+        before = round_of(schedule)
         schedule.limits = self.planner.slots(before)
         if not any(schedule.limits):
             self._round = before
             self._rest = Rest.of(getattr(self.planner, "rest", 0), before)
             return 0
-        order = schedule.drafting_first()
+        self._schedule, order = schedule, schedule.drafting_first()
         self._round = before.drafted(schedule.limits, schedule.limits, order)
+        self._following.take(getattr(self.planner, "standing", None))
         if self.calibration is not None:  # drawn now, before any token of the draft exists
-            self._draw_audits(len(requests))
+            self._draw_audits(len(schedule.sampled))
         return max(schedule.limits)
 
     def plan(self, schedule: Schedule, draft: Draft | None) -> list[int]:
         """How many drafted tokens of each request are verified, within what was drafted and what fits."""
-        if draft is None or self._round is None:
+        if draft is None or not (self._round or self._followed):
             return [0] * len(schedule.sampled)
         limit_R = [most if most < own else own for own, most in zip(schedule.limits, draft.length_R, strict=True)]
+        if self._round is None:
+            return limit_R
         self._round = self._round.drafted(limit_R, schedule.limits)
         whole = getattr(self.planner, "takes_all", False)
         if whole and (self.calibration is None or not (self._audited or self._clock.due)):
@@ -129,6 +146,10 @@ class Planning:
     def observe(self, schedule: Schedule, verdict: Verdict, seconds: float) -> None:
         """Pass a finished round on; call it before the next."""
         self._clock.pass_by(seconds)
+        if self._followed:
+            self._following.observe(schedule, verdict.plan, verdict.accepted_R, seconds)
+            self.ledger.draft(None, verdict.plan, verdict.accepted_R)
+            return
         if self._round is None:
             if self._rest.round is not None:
                 self._rest.observe(schedule, seconds)
@@ -154,9 +175,19 @@ class Planning:
         outcome, self._rest = self._rest.outcome(), Rest()
         if outcome is not None:
             self.planner.observe(outcome)
+        followed = self._following.report()
+        self._following.take(None)
+        if followed is not None:
+            self.planner.catch_up(followed)  # type: ignore[attr-defined]  # whoever has a standing choice takes them
 
     def _draw_audits(self, requests: int) -> None:
-        """Every request's round is audited with the same chance; how many come before the next is drawn at once."""
+        """Every request's round is audited with the same chance; how many come before the next is drawn at once.
+
+        A look verifies all drafts whole, and was decided on before them: it audits everyone.
+        """
+        if getattr(self.planner, "looking", False):
+            self._audited = list(range(requests))
+            return
         while self._audit < requests:
             self._audited.append(self._audit)
             self._audit += int(self._chance.geometric(AUDIT))

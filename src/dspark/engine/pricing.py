@@ -51,7 +51,7 @@ def plan_with(
     core.planning.planner = made = parse_planner(planner, live)
     core.planning.calibration = OnlineCalibration(calibration or Calibration(core.drafter.block_size, {}))
     if isinstance(made, Joint) and calibration is not None:
-        made.acceptance = Acceptance(calibration.fit("sampled").acceptance)
+        made.acceptance = Acceptance(lambda kind: calibration.expected(*kind))
     core.planning.live = live
     core.meter, core.metering = live.observe, METERING
     return live

@@ -25,6 +25,7 @@ from dspark.speculation.round import Array
 FILE = "calibration.json"  # beside a drafter's config.json
 SGLANG_FILE = "calibration_sglang.json"
 FORMAT = 1
+HOTTEST = 2.0  # times the temperature of the rounds that acceptance is carried on to
 LAWS = ("greedy", "sampled", "coupled")
 """How a request samples decides how often drafts are accepted: at temperature 0, above it, by the coupled rule."""
 
@@ -73,6 +74,20 @@ class Calibration:
             if name in self.fits:
                 return self.fits[name]
         return Fit.identity(self.block_size)
+
+    def expected(self, law: str, temperature: float) -> tuple[float, ...]:
+        """The conditional acceptance by slot to expect of a request nothing is known of; () without rounds.
+
+        Between temperature 0 and that of the rounds it moves evenly in logits, and so a little beyond.
+        """
+        own, cold, known = self.fit(law).acceptance, self.fits.get("greedy"), float(self.source.get("temperature", 0.0))
+        if law == "greedy" or law not in self.fits or cold is None or not known > 0.0:
+            return own
+        if len(cold.acceptance) != len(own):
+            return own
+        low_K, high_K = logit(np.array(cold.acceptance)), logit(np.array(own))
+        share = min(temperature / known, HOTTEST)
+        return tuple(sigmoid(low_K + share * (high_K - low_K)).tolist())
 
     def check(self, block_size: int, source: str | Path = "the calibration") -> None:
         """Raises UserError for a drafter of another block size: its confidences mean something else."""

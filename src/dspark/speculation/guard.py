@@ -63,6 +63,12 @@ class Guard:
         """Steps of such a size for which nobody may draft."""
         return self._account(requests).banned
 
+    def pass_by(self, requests: int, steps: int) -> None:
+        """So many drafting steps on end, which nobody asked about."""
+        self._account(requests).drafted += steps
+        self._alike = self._alike + steps if self._drafted else steps - 1
+        self._drafted = True
+
     def observe(self, outcome: Outcome, prices: Prices, *, booked: bool = True) -> None:
         """Hold a finished step, and the plain ones that passed unasked before it, against their prices.
 

@@ -5,6 +5,7 @@ N requests' rounds, K draft slots.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,10 +40,11 @@ class Looks:
         self.survival_NK, self.accepted_N = survival_NK[-REMEMBERED:], accepted_N[-REMEMBERED:]
 
     def options(self, most: int, price: float) -> Array:
-        """Tokens a draft of n slots brings more for its rows being chosen after drafting, by n: [most].
+        """Tokens that choosing rows from a draft of n slots wins over the best fixed number of them, by n: [most].
 
         A row costs `price` tokens; the rows chosen are those that the survivals say are worth most. It goes by what
-        became of them: confidences that tell nothing win nothing, however sure they are.
+        became of them, less a standard error: confidences that tell nothing win nothing, however sure they are, nor
+        does luck in a few rounds, which the fixed number has as well.
         """
         option_K = np.zeros(most)
         if not len(self.survival_NK):
@@ -53,6 +55,9 @@ class Looks:
         best_NK = np.maximum.accumulate(np.maximum(gain_NK, 0.0), axis=1)
         chosen_NK = np.maximum.accumulate(slot_K * (gain_NK == best_NK), axis=1)
         came_N1 = self.accepted_N[:, None]
-        won_NK = np.minimum(came_N1, chosen_NK) - np.minimum(came_N1, slot_K) + price * (slot_K - chosen_NK)
-        option_K[: len(slot_K)] = won_NK.mean(0)
+        fixed_NK = np.minimum(came_N1, slot_K) - price * slot_K
+        mean_K = fixed_NK.mean(0)
+        width_K = np.maximum.accumulate(np.where(mean_K == np.maximum.accumulate(mean_K), slot_K - 1, 0))
+        won_NK = np.minimum(came_N1, chosen_NK) - price * chosen_NK - fixed_NK[:, width_K]
+        option_K[: len(slot_K)] = won_NK.mean(0) - won_NK.std(0) / math.sqrt(len(won_NK))
         return option_K

@@ -200,3 +200,18 @@ def test_confidence_order_never_turns():
     for _ in range(5):
         tracker.learn(z_KN, (z_KN < 0).astype(float), np.ones_like(z_KN))
     assert tracker.weight_K2[0, 0] > 0
+
+
+def test_what_to_expect_lies_between_the_laws_by_temperature():
+    fits = {
+        "greedy": Fit((1.0,), (0.0,), (0.8,)),
+        "sampled": Fit((1.0,), (0.0,), (0.5,)),
+        "coupled": Fit((1.0,), (0.0,), (0.4,)),
+    }
+    made = Calibration(1, fits, source={"temperature": 1.0})
+    assert made.expected("greedy", 0.0) == (0.8,) and made.expected("sampled", 1.0) == pytest.approx((0.5,))
+    assert made.expected("sampled", 0.5) == pytest.approx((2 / 3,))  # odds of 4 and 1: half way in logits is 2
+    assert made.expected("sampled", 9.0) == pytest.approx((0.2,))  # not beyond twice the temperature of the rounds
+    assert made.expected("coupled", 1e-6)[0] == pytest.approx(0.8, abs=1e-3)
+    assert Calibration(1, fits).expected("sampled", 0.5) == (0.5,)  # of an unknown temperature
+    assert Calibration(1, {"greedy": fits["greedy"]}, source={"temperature": 1.0}).expected("sampled", 1.0) == (0.8,)

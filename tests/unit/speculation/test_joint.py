@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from dspark.common.sampling_params import SamplingParams
 from dspark.ops.walk import walk
-from dspark.speculation.acceptance import Acceptance, filled_in
+from dspark.speculation.acceptance import Acceptance
 from dspark.speculation.cost import StepCost
+from dspark.speculation.finished import Finished
 from dspark.speculation.joint import Joint
 from dspark.speculation.prices import Prices
 from dspark.speculation.round import Outcome, Round
@@ -109,7 +110,7 @@ def test_priority_gets_rows_first():
 def test_the_bounds_for_one_request_are_the_walk(confidence, rises, price, limit):
     cost = StepCost.of_table((1.0 + np.cumsum([0.0, *rises])).tolist())
     planner = Joint(Prices(cost))
-    planner.rate = price
+    planner.choice.rate = price
     a_RK = np.cumprod([confidence], axis=1)
     round = Round([limit], [4], [0], [8], [SamplingParams()])
     wanted = walk(a_RK, [limit], [4], planner.means.ahead(4), planner.prices.verifying(round, 4), rate=price)
@@ -119,7 +120,7 @@ def test_the_bounds_for_one_request_are_the_walk(confidence, rises, price, limit
 def test_what_a_plan_cut_off_is_filled_in_and_what_was_rejected_is_known():
     survival = np.array([[0.9, 0.45, 0.09], [0.8, 0.4, 0.2], [0.5, 0.5, 0.5]])
     round = Round([3, 2, 0], [3, 2, 0])
-    reached, passed = filled_in([Outcome(round, [1, 2, 0], [1, 0, 0], 1.0, survival)])
+    reached, passed = Finished.of([Outcome(round, [1, 2, 0], [1, 0, 0], 1.0, survival)]).filled_in()
     np.testing.assert_allclose(passed, [[1, 0.5, 0.1], [0, 0, 0], [0, 0, 0]])
     np.testing.assert_allclose(reached, [[1, 1, 0.5], [1, 0, 0], [0, 0, 0]])
 
@@ -173,18 +174,31 @@ def test_confidences_that_tell_nothing_are_not_chosen_by():
 
 
 def test_groups_share_what_their_requests_teach():
-    acceptance = Acceptance([0.6])
+    acceptance = Acceptance(lambda kind: [0.6])
     chat, code = SamplingParams(speculation_group="chat"), SamplingParams(speculation_group="code")
     for step in range(40):
         round = Round([2, 2], [2, 2], [2 * step, 2 * step + 1], [9, 9], [chat, code])
-        acceptance.learn([Outcome(round, [2, 2], [0, 2], 1.0, np.full((2, 2), 0.6))])
+        acceptance.learn(Finished.of([Outcome(round, [2, 2], [0, 2], 1.0, np.full((2, 2), 0.6))]))
     new = Round([2, 2], [2, 2], [500, 501], [9, 9], [chat, code])
     worse, better = acceptance.survival(new, 2)[:, 0]
     assert worse < 0.25 and better > 0.75
 
 
 def test_the_first_guess_is_the_calibrations():
-    assert Acceptance([0.8, 0.5]).conditional(3).tolist() == pytest.approx([0.8, 0.5, 0.5])
+    assert Acceptance(lambda kind: [0.8, 0.5]).conditional(3).tolist() == pytest.approx([0.8, 0.5, 0.5])
+
+
+def test_what_one_kind_teaches_says_nothing_of_another():
+    acceptance = Acceptance(lambda kind: [0.9] if kind.law == "greedy" else [0.5])
+    greedy, sampled = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0)
+    for step in range(60):
+        round = Round([2, 2], [2, 2], [2 * step, 2 * step + 1], [9, 9], [greedy, sampled])
+        acceptance.learn(Finished.of([Outcome(round, [2, 2], [2, 0], 1.0, np.full((2, 2), 0.6))]))
+    new = Round([2, 2], [2, 2], [500, 501], [9, 9], [greedy, sampled])
+    better, worse = acceptance.survival(new, 2)[:, 0]
+    assert better > 0.95 and worse < 0.1
+    cold = Round([2], [2], [502], [9], [SamplingParams(temperature=0.1)])
+    assert acceptance.survival(cold, 2)[0] == pytest.approx([0.5, 0.25])  # no rounds yet, and never a greedy one
 
 
 def test_newcomers_draft_where_their_group_pays_without_a_new_decision():
@@ -194,11 +208,11 @@ def test_newcomers_draft_where_their_group_pays_without_a_new_decision():
         SamplingParams(speculation_group="code"),
     )
     serve(planner, [0.0, 0.9], 200, [chat, code])
-    decided = planner._decisions
-    planner._left = 10
+    decided = planner.decisions
+    planner.choice.until = planner._step + 10
     round = Round([SLOTS] * 2, (), [500, 501], [64] * 2, [chat, code])
     assert [n > 0 for n in planner.slots(round)] == [False, True]
-    assert planner._decisions == decided
+    assert planner.decisions == decided
 
 
 def test_a_look_lets_no_block_end_early():
