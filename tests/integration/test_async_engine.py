@@ -212,8 +212,10 @@ def test_the_builders_threads_are_released(monkeypatch):
     assert released == [threading.current_thread()]
 
 
-def test_what_waits_for_its_time_is_told_before_a_step_with_a_prompt():
+@pytest.mark.parametrize(("longest", "sizes"), [(0.0, [1, 5, 24]), (3600.0, [1, 29])])
+def test_what_waits_for_its_time_is_told_before_a_long_step_with_a_prompt(monkeypatch, longest, sizes):
     """With a pace that never comes: the first commit, what is there when a prompt comes in, the rest with the last."""
+    monkeypatch.setattr("dspark.engine.engine.LONGEST", longest)  # so a step with a prompt takes longer, or never
 
     async def main():
         core = engine("none")
@@ -235,10 +237,10 @@ def test_what_waits_for_its_time_is_told_before_a_step_with_a_prompt():
                     other = asyncio.create_task(served.generate(PROMPTS[1], greedy(5)))
                     await asyncio.sleep(0)  # it is asked for while the sixth step is held
                     doors[5].set()
-                else:
+                if len(told) == len(sizes) - 1:
                     doors[10].set()
             await other
-            assert [len(batch) for batch in told] == [1, 5, 24]
+            assert [len(batch) for batch in told] == sizes
             assert [token for batch in told for token in batch] == plain(PROMPTS[0], 30)
 
     asyncio.run(main())

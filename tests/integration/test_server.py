@@ -271,6 +271,16 @@ def test_bodies_that_are_no_request(served, body):
     assert got.status_code == 400 and got.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "text/json"])
+def test_bodies_that_a_page_may_send_unasked(served, kind):
+    """Browsers let pages of any origin send these without asking the server first."""
+    body, headers = json.dumps(GREEDY).encode(), {} if kind is None else {"content-type": kind}
+    got = served.http.post("/v1/completions", content=body, headers=headers)
+    assert got.status_code == 400 and "application/json" in got.json()["error"]["message"]
+    given = {"content-type": "Application/vnd.api+json; charset=utf-8"}
+    assert served.http.post("/v1/completions", content=body, headers=given).status_code == 200
+
+
 def test_errors_reach_the_sdk(served):
     with pytest.raises(openai.NotFoundError) as caught:
         served.openai.completions.create(model="gpt-9", prompt="a")

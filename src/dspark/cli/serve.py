@@ -43,7 +43,7 @@ def serve(
     pages: Annotated[int | None, typer.Option(help="Pages of 16 tokens; default: as memory reaches.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Costs for the planner, as `dspark profile` writes.")] = None,
     stream_ms: Annotated[
-        float, typer.Option(min=0, help="Between two events of a stream, its first and last aside; 0: every commit.")
+        float, typer.Option(min=0, help="Between two events of a stream, or more under load; 0: every commit.")
     ] = 20.0,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that running requests get after SIGTERM.")] = 30,
     compile: Annotated[bool, typer.Option(help="Compile the forwards, in the background.")] = True,

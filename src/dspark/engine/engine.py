@@ -20,14 +20,14 @@ from dspark.common.sampling_params import SamplingParams
 from dspark.common.threads import release_team
 from dspark.drafters.base import Drafter
 from dspark.engine.build import build_engine
-from dspark.engine.delivery import Delivery, Placed, Stream
+from dspark.engine.delivery import LONGEST, Delivery, Parcel, Placed, Stream
 from dspark.engine.llm import Result
 from dspark.engine.request import Commit
 from dspark.engine.step import EngineCore, RequestsFailed
 from dspark.models.target import Target
 
 Prompt = str | Sequence[int]
-PACE = 0.02  # s; nobody reads faster
+PACE = 0.02  # s, from one sending of a stream's middle to the next at least
 SHORT = 2048  # characters, or tokens, that are looked at on the event loop
 Answer = TypeVar("Answer")
 
@@ -57,6 +57,7 @@ class Engine:
         self._error: BaseException | None = None
         self._closing = False
         self._step_started: float | None = None
+        self._prefill_seconds = 0.0  # that the last step took which computed prompts
         self.failed_steps = 0
         release_team()  # of the thread that built the core
         self._thread = threading.Thread(target=self._run, name="dspark-engine", daemon=True)
@@ -85,7 +86,7 @@ class Engine:
     async def batches(
         self, asked: Sequence[tuple[Prompt, SamplingParams | None]], *, seconds: float | None = None
     ) -> AsyncGenerator[list[Placed], None]:
-        """The commits of several prompts as they happen, those that come within `pace` together.
+        """The commits of several prompts as they happen, those of one sending together.
 
         They belong together: an error of one ends all. Raises UserError for what cannot be served, StepFailed where
         a step with one of them failed, DeadlinePassed when they are not all done after `seconds`: they leave the
@@ -102,12 +103,12 @@ class Engine:
             self._command(lambda: self._add(stream, jobs))
             left = len(jobs)
             while left:
-                batch, failure = await stream.take()
-                left -= sum(commit.finish_reason is not None for _, commit in batch)
-                if batch:
-                    yield batch
-                if left and failure is not None:
-                    raise failure
+                parcel = await stream.take()
+                left -= parcel.finished
+                if parcel.commits:
+                    yield parcel.commits
+                if left and parcel.error is not None:
+                    raise parcel.error
         finally:
             if late is not None:
                 late.cancel()
@@ -115,7 +116,7 @@ class Engine:
 
     def _expire(self, stream: Stream, seconds: float) -> None:
         self._let_go(stream)
-        stream.put([DeadlinePassed(f"the request was not done after {seconds:.1f} s")])
+        stream.put(Parcel(error=DeadlinePassed(f"the request was not done after {seconds:.1f} s")))
 
     def _let_go(self, stream: Stream) -> None:
         with contextlib.suppress(EngineStopped):  # it has let go of everything already
@@ -197,9 +198,10 @@ class Engine:
 
     def _step(self) -> None:
         """One step. One that fails ends the requests to blame, or all in it; the engine goes on if it has its pages."""
-        self._step_started = time.monotonic()
-        if self.core.admission.prefilling:
-            self._delivery.send(everything=True)
+        self._step_started = started = time.monotonic()
+        prefilling = self.core.admission.prefilling
+        if prefilling and self._prefill_seconds > LONGEST:
+            self._delivery.send(everything=True)  # nobody shall wait for that
         try:
             for commit in self.core.step():
                 self._deliver(commit)
@@ -212,6 +214,8 @@ class Engine:
             self._end([stream for stream in dict.fromkeys(hit) if stream is not None], failure)
         finally:
             self._step_started = None
+            if prefilling:
+                self._prefill_seconds = time.monotonic() - started
 
     def _abandon(self, error: Exception) -> list[int]:
         return self.core.abandon(error.request_ids if isinstance(error, RequestsFailed) else None)
@@ -241,11 +245,11 @@ class Engine:
     def _deliver(self, commit: Commit) -> None:
         stream = self._streams.get(commit.request_id)
         if stream is not None:
-            self._delivery.put(stream, (stream.open[commit.request_id], commit))
+            self._delivery.put(stream, stream.open[commit.request_id], commit)
             if commit.finish_reason:
                 del self._streams[commit.request_id]
 
     def _end(self, streams: Sequence[Stream], error: BaseException) -> None:
         for stream in streams:
-            self._delivery.put(stream, error)
+            self._delivery.end(stream, error)
         self._delivery.send()

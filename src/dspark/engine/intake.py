@@ -12,6 +12,7 @@ from dspark.common.errors import UserError
 from dspark.common.sampling_params import MAX_SEED, SamplingParams
 from dspark.engine.config import EngineConfig
 from dspark.engine.detokenize import Detokenizer, decoder_of
+from dspark.engine.encode import encoder_of
 from dspark.engine.grammars import Grammars, LibraryGrammars
 from dspark.engine.request import Request, RequestStatistics
 from dspark.models.target import Target
@@ -43,6 +44,7 @@ class Intake:
         self.row_width = -(-longest // config.page_size)  # the same for all, so that rows stack
         self.eos_token_ids = frozenset(eos_token_ids)
         self.grammars: Grammars = LibraryGrammars(tokenizer, target.vocab_size, self.eos_token_ids)
+        self._encode = encoder_of(tokenizer) if tokenizer is not None else None
         self._decode = decoder_of(tokenizer) if tokenizer is not None else None
         self._ids = count()
         self._seeds = np.random.default_rng(config.seed)
@@ -84,16 +86,16 @@ class Intake:
     def tokenize(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids of a prompt. Reads nothing that a step writes, so any thread may call it."""
         if isinstance(prompt, str):
-            if self.tokenizer is None:
+            if self._encode is None:
                 raise UserError("a prompt of text needs a tokenizer; give the engine one or pass token ids")
-            tokens = list(self.tokenizer(prompt)["input_ids"])
+            tokens = self._encode(prompt)
         else:
             tokens = [int(token) for token in prompt]
         if not tokens:
             raise UserError("the prompt is empty; pass at least one token")
-        for token in tokens:
-            if not 0 <= token < self.vocab_size:
-                raise UserError(f"prompt token {token} is outside the model's vocabulary of {self.vocab_size} tokens")
+        if min(tokens) < 0 or max(tokens) >= self.vocab_size:
+            token = next(token for token in tokens if not 0 <= token < self.vocab_size)
+            raise UserError(f"prompt token {token} is outside the model's vocabulary of {self.vocab_size} tokens")
         return tokens
 
     def _limit(self, prompt: int, max_tokens: int | None) -> int:

@@ -21,6 +21,7 @@ from dspark.engine.engine import Engine
 from dspark.server import playground
 from dspark.server.answers import ChatForm, Form, Piece, TextForm, Usage, best
 from dspark.server.calls import Calls, call_of
+from dspark.server.direct import DirectRoute
 from dspark.server.errors import RESPONSES, ApiError, ClientGone, install
 from dspark.server.idempotency import Idempotency
 from dspark.server.keys import Keys
@@ -35,7 +36,7 @@ from dspark.server.protocol import (
 )
 from dspark.server.results import Results
 from dspark.server.service import ServerConfig, Service, package_version
-from dspark.server.stream import EventStream, while_listening
+from dspark.server.stream import EventStream, listening
 from dspark.server.tool_calls import CallFormat
 from dspark.server.tools import NamedTool, forcing, format_of
 from dspark.server.tracing import Traced, Tracing
@@ -98,7 +99,6 @@ def create_app(
 
 
 def _completions(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue prompts."""
         service.check_model(body.model)
@@ -120,7 +120,6 @@ def _completions(app: FastAPI, service: Service) -> None:
         form.silent = body.logprobs is None
         return await _answer(service, request, body, jobs, form)
 
-    @app.post("/v1/chat/completions", responses=STREAMED)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The assistant's next message."""
         service.check_model(body.model)
@@ -134,6 +133,10 @@ def _completions(app: FastAPI, service: Service) -> None:
         params = body.params(max_tokens=asked, logprobs=logprobs, grammar=grammar, special=special)
         tokens = await service.chat_tokens(body.messages, body.offered)
         return await _answer(service, request, body, [(tokens, one) for one in params], form)
+
+    for path, endpoint in (("/v1/completions", completions), ("/v1/chat/completions", chat)):
+        options: dict[str, Any] = {"methods": ["POST"], "responses": STREAMED, "route_class_override": DirectRoute}
+        app.router.add_api_route(path, endpoint, **options)
 
 
 def _calling(service: Service, body: ChatRequest) -> tuple[CallFormat, Grammar | None]:
@@ -149,30 +152,26 @@ def _calling(service: Service, body: ChatRequest) -> tuple[CallFormat, Grammar |
 
 
 async def _answer(service: Service, request: Request, body: Sampling, jobs: Sequence[Job], form: Form) -> Response:
-    """The response to a checked request: an error of the first step still has its own status, streamed or not."""
+    """The response to a checked request."""
     usage = Usage()
     call = call_of(request.scope)
     pieces = service.pieces(jobs, usage, choices=body.candidates, call=call, deadline_ms=body.dspark.deadline_ms)
 
-    async def collect() -> list[Piece]:
-        whole = [Piece(place, "") for place in range(len(jobs))]
-        async for piece in pieces:
-            whole[piece.choice].take(piece)
-        return best(whole, body.choices, body.candidates)
-
+    left = service.metrics.cancelled
+    if body.stream:
+        told = usage if body.stream_options is not None and body.stream_options.include_usage else None
+        return EventStream(pieces, form, choices=len(jobs), usage=told, left=left)
+    whole = [Piece(place, "") for place in range(len(jobs))]
     try:
-        if not body.stream:
-            return JSONResponse(form.whole(await while_listening(request.receive, collect()), usage))
-        first = await while_listening(request.receive, pieces.__anext__())  # type: ignore[arg-type]
-    except BaseException as error:
-        if isinstance(error, ClientGone):
-            service.metrics.cancelled()
-        await pieces.aclose()
+        async with listening(request.receive):
+            async for piece in pieces:
+                whole[piece.choice].take(piece)
+    except ClientGone:
+        left()
         raise
-    wanted = body.stream_options is not None and body.stream_options.include_usage
-    return EventStream(
-        first, pieces, form, choices=len(jobs), usage=usage if wanted else None, left=service.metrics.cancelled
-    )
+    finally:
+        await pieces.aclose()
+    return JSONResponse(form.whole(best(whole, body.choices, body.candidates), usage))
 
 
 def _texts(app: FastAPI, service: Service) -> None:

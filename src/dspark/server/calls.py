@@ -51,10 +51,9 @@ class Call:
         """Seconds since it arrived."""
         return time.perf_counter() - self.arrived
 
-    def take(self, choice: int, commits: Sequence[Commit]) -> None:
-        """Commits of one of its texts, at least one."""
-        for commit in commits:
-            self.completion_tokens += len(commit.token_ids)
+    def take(self, choice: int, commits: Sequence[Commit], tokens: int) -> None:
+        """Commits of one of its texts, at least one, with so many tokens."""
+        self.completion_tokens += tokens
         if self.first_token is None:
             self.first_token = self.age
         if commits[-1].finish_reason:
@@ -117,4 +116,7 @@ class Calls:
         try:
             await self.app(scope, receive, answering)
         finally:
-            LOG.log(logging.DEBUG if call.path in QUIET else logging.INFO, "request", extra={"fields": call.line})
+            level = logging.DEBUG if call.path in QUIET else logging.INFO
+            if LOG.isEnabledFor(level):  # a record by hand: nobody looks up the line that wrote it
+                told = {"fields": call.line}
+                LOG.handle(LOG.makeRecord(LOG.name, level, "", 0, "request", (), None, "", told))

@@ -14,7 +14,7 @@ from dspark.server.calls import call_of
 from dspark.server.errors import LOG, ApiError, as_api_error
 from dspark.server.limits import GENERATING, read_again
 from dspark.server.results import Busy, Kept, Results
-from dspark.server.stream import DONE, while_listening
+from dspark.server.stream import DONE, listening
 
 GIVEN = re.compile(rb"[\x20-\x7e]{1,255}")
 MOST_WAITING = 1024  # repetitions that wait for the first of their key
@@ -53,7 +53,8 @@ class Idempotency:
             if not GIVEN.fullmatch(given):
                 raise ApiError(400, "the Idempotency-Key is not 1 to 255 printable ASCII characters; pass a UUID")
             key = hashlib.sha256(f"{call_of(scope).owner}\0".encode() + given).hexdigest()
-            kept = await while_listening(receive, self._begin(key, fingerprint))
+            async with listening(receive):
+                kept = await self._begin(key, fingerprint)
         except Exception as error:
             await as_api_error(error).answer(scope, receive, send)
             return

@@ -33,7 +33,8 @@ class Bodies:
             await self.app(scope, receive, send)
             return
         try:
-            body = await asyncio.wait_for(self._read(receive), self.seconds)
+            async with asyncio.timeout(self.seconds):  # a task less than wait_for
+                body = await self._read(receive)
         except TimeoutError:
             late = ApiError(408, f"the body took more than {self.seconds:g} s; send it faster", headers=CLOSE)
             await late.answer(scope, receive, send)

@@ -120,10 +120,9 @@ class TextWatch:
         self._arrived = perf_counter()
         self._last: float | None = None
 
-    def take(self, commits: Sequence[Commit]) -> int:
-        """Commits that reached the server together, at least one; how many tokens they brought."""
+    def take(self, commits: Sequence[Commit], tokens: int) -> None:
+        """Commits that reached the server together, at least one, and how many tokens they brought."""
         metrics, now, commit = self._metrics, perf_counter(), commits[-1]
-        tokens = sum(len(one.token_ids) for one in commits)
         metrics.generated += tokens
         if self._last is None:
             metrics._first.observe(now - self._arrived)
@@ -135,7 +134,6 @@ class TextWatch:
             metrics._finished.labels(commit.finish_reason).inc()
             metrics._whole.observe(now - self._arrived)
             metrics._preemptions.inc(commit.statistics.preemptions)
-        return tokens
 
     def _started(self, statistics: RequestStatistics) -> None:
         metrics = self._metrics

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import hashlib
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from dspark.common.chat import render_chat
 from dspark.common.errors import UserError
 from dspark.common.sampling_params import SamplingParams
+from dspark.engine.delivery import Placed
 from dspark.engine.engine import SHORT, DeadlinePassed, Engine, EngineStopped, StepFailed
 from dspark.engine.request import Commit
 from dspark.server.answers import Decode, Piece, Usage
@@ -134,12 +135,11 @@ class Service:
             try:
                 async with aclosing(self.engine.batches(jobs, seconds=seconds)) as batches:
                     async for batch in batches:
-                        by_place: dict[int, list[Commit]] = {}
-                        for place, commit in batch:
-                            by_place.setdefault(place, []).append(commit)
-                        for place, commits in by_place.items():
-                            usage.completion += watches[place].take(commits)
-                            call.take(place, commits)
+                        for place, commits in _by_place(batch, len(jobs)):
+                            tokens = sum([len(commit.token_ids) for commit in commits])
+                            usage.completion += tokens
+                            watches[place].take(commits, tokens)
+                            call.take(place, commits, tokens)
                             if place in fresh:
                                 fresh.discard(place)
                                 usage.cached += commits[0].statistics.cached_tokens
@@ -210,6 +210,16 @@ class Service:
     def _decode(self, token: int) -> str:
         tokenizer = self.engine.core.tokenizer
         return tokenizer.decode([token]) if tokenizer is not None else str(token)
+
+
+def _by_place(batch: list[Placed], places: int) -> Iterable[tuple[int, list[Commit]]]:
+    """The commits of each text among so many."""
+    if places == 1:
+        return [(0, [commit for _, commit in batch])]
+    found: dict[int, list[Commit]] = {}
+    for place, commit in batch:
+        found.setdefault(place, []).append(commit)
+    return found.items()
 
 
 def _failure(error: BaseException) -> ApiError:
