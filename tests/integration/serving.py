@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from openai import OpenAI
 
 from dspark.engine.build import build_engine
-from dspark.engine.engine import Engine
+from dspark.engine.engine import PACE, Engine
 from dspark.server.api import create_app
 from dspark.server.launch import Server, address, bind, make_server
 from dspark.server.service import ServerConfig, Service
@@ -56,10 +56,18 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    core, config: ServerConfig, *, grace: int = 5, key: str = "none", results=None, tracing=None, **options
+    core,
+    config: ServerConfig,
+    *,
+    grace: int = 5,
+    key: str = "none",
+    results=None,
+    tracing=None,
+    pace: float = PACE,
+    **options,
 ) -> Iterator[Served]:
     """The core behind a server; both end with the context, and nothing may be left in the core."""
-    with closing_engine(core) as engine:
+    with closing_engine(core, pace) as engine:
         app = create_app(engine, config, results, tracing=tracing)
         server, bound = make_server(app, grace=grace, **options), bind("127.0.0.1", 0)
         url = address(bound)
@@ -80,8 +88,8 @@ def serving(
 
 
 @contextlib.contextmanager
-def closing_engine(core):
-    engine = Engine(core)
+def closing_engine(core, pace=PACE):
+    engine = Engine(core, pace)
     try:
         yield engine
     finally:

@@ -88,9 +88,11 @@ def test_tools_that_must_be_called(served, stream):
         got = chat(served, **asked)
         if stream:
             chunks = [chunk.choices[0] for chunk in got]
-            calls = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+            pieces = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
             finish, content = chunks[-1].finish_reason, "".join(chunk.delta.content or "" for chunk in chunks)
-            assert [call.index for call in calls] == [0]
+            assert all(piece.index == 0 for piece in pieces) and not any(piece.id for piece in pieces[1:])
+            calls = [pieces[0]]
+            calls[0].function.arguments = "".join(piece.function.arguments for piece in pieces)
         else:
             calls, finish = got.choices[0].message.tool_calls, got.choices[0].finish_reason
             content = got.choices[0].message.content or ""
@@ -99,6 +101,32 @@ def test_tools_that_must_be_called(served, stream):
         assert call.function.name in names and call.id.startswith("call_") and call.type == "function"
         key, values = {"add": ("a", (True, False)), "stop": ("b", ("x", "y"))}[call.function.name]
         assert json.loads(call.function.arguments)[key] in values
+
+
+def test_arguments_stream_as_they_are_written(tiny_pair):
+    """The name comes first, then the arguments a few tokens at a time; the SDK puts them together."""
+    tools = [tool("write", text={"type": "string", "pattern": "^[a-z]{40,60}$"})]
+    asked = {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False, "seed": 5}
+    with serving(tiny_core(tiny_pair, template=HERMES), ServerConfig(name=MODEL), pace=0.0) as served:
+        got = chat(served, **asked)
+        (call,) = got.choices[0].message.tool_calls
+        chunks = [chunk.choices[0].delta.tool_calls for chunk in chat(served, **asked, stream=True)]
+        (first, *rest) = [one for calls in chunks for one in calls or []]
+        assert first.function.name == "write" and first.id and len(first.function.arguments) < 20 and len(rest) > 5
+        assert not any(one.id or one.function.name or one.type for one in rest)
+        given = "".join(one.function.arguments for one in (first, *rest))
+        assert given == call.function.arguments and 40 <= len(json.loads(given)["text"]) <= 60
+        with served.openai.chat.completions.stream(model=MODEL, messages=TALK, **asked) as stream:
+            deltas = [e.arguments_delta for e in stream if e.type == "tool_calls.function.arguments.delta"]
+            (whole,) = stream.get_final_completion().choices[0].message.tool_calls
+        assert "".join(deltas) == whole.function.arguments == given and whole.function.name == "write"
+        short = chat(served, **asked, max_completion_tokens=got.usage.completion_tokens - 20).choices[0]
+        (cut,) = short.message.tool_calls
+        assert (
+            short.finish_reason == "length"
+            and given.startswith(cut.function.arguments)
+            and cut.function.arguments != given
+        )
 
 
 def test_tools_that_may_be_called_and_what_became_of_them(served):

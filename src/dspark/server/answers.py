@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from dspark.engine.request import Commit, RequestStatistics, TokenLogprob, TokenTrace
-from dspark.server.tool_calls import CallFormat, CallReader, ToolCall
+from dspark.server.tool_calls import CallFormat, CallPiece, CallReader
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 HALF = "\ufffd"
@@ -198,8 +198,7 @@ class ChatForm(_Base):
         content, calls, piece = self._read(piece)
         delta: dict[str, Any] = {"content": content} if content or not (piece.finish_reason or calls) else {}
         if calls:
-            first = self._readers[piece.choice].calls - len(calls)
-            delta["tool_calls"] = [{"index": first + i, **call.json()} for i, call in enumerate(calls)]
+            delta["tool_calls"] = [{"index": call.index, **call.json()} for call in calls]
         choice = self._choice(piece, delta=delta, logprobs=self._logprobs(piece.logprobs))
         return self._object("chat.completion.chunk", [choice])
 
@@ -218,7 +217,7 @@ class ChatForm(_Base):
         """No choice, only the count."""
         return self._object("chat.completion.chunk", []) | {"usage": usage.json()}
 
-    def _read(self, piece: Piece) -> tuple[str, list[ToolCall], Piece]:
+    def _read(self, piece: Piece) -> tuple[str, list[CallPiece], Piece]:
         """The content and the calls of a piece; a text that ends by itself with a call finishes with `tool_calls`."""
         if self.calls is None:
             return piece.text, [], piece
