@@ -1,4 +1,4 @@
-"""How likely each request's next draft survives, before it exists: from its own rounds, its group's, and its kind's.
+"""How likely each request's next draft survives, before it exists: from its own rounds, its circle's, and its kind's.
 
 R requests of a round, N requests' rounds, K draft slots. Conditional acceptance is P(slot k | slots before).
 """
@@ -22,78 +22,92 @@ CALIBRATED_WEIGHT = 12.0  # ... and that of a calibration
 MEMORY = 0.995  # of what the rounds of a kind said of a slot, per round that reached it
 LEAST_SURE = 0.2  # so that a slot that was hardly ever reached moves little
 LARGEST = 7.0  # logit of acceptance
+CIRCLES = 1024  # with odds of their own; the requests of more groups go by their kind's
 
 First = Callable[[Kind], Sequence[float]]
 """The conditional acceptance by slot that a kind of request starts from; () where nothing is known."""
 
 
 class Acceptance:
-    """The odds of acceptance by kind and slot, and by what factor each group's and request's differ.
+    """The odds of acceptance by circle and slot, and by what factor each request's differ.
 
-    At temperature 0 drafts are accepted far more often than at 1, so what one kind teaches tells nothing of another.
-    Later slots are reached by those who are guessed well, so the odds by slot are those of a request of factor 1, not
-    everyone's mean. Slots that a plan cut off are filled in with what their confidences say, so that a plan's choice
-    does not censor what is learnt.
+    At temperature 0 drafts are accepted far more often than at 1, so what one kind teaches tells nothing of another; a
+    group starts from what all rounds of its kind say, and goes by its own. Later slots are reached by those who are
+    guessed well, so the odds by slot are those of a request of factor 1, not everyone's mean. Slots that a plan cut off
+    are filled in with what their confidences say, so that a plan's choice does not censor what is learnt.
     """
 
     def __init__(self, first: First | None = None):
         self.first: First = first or (lambda kind: ())
         self._kinds: dict[Kind, _Slots] = {}
-        self._circles, self._requests = Odds(), Odds()
+        self._circles: dict[Circle, _Slots] = {}
+        self._requests = Odds()
 
     def learn(self, finished: Finished) -> None:
         """Take finished rounds, all at once."""
         if not len(finished):
             return
         reached_NK, passed_NK = finished.filled_in()
-        factor_N = self.factors(finished.circle, finished.request)
-        slots, kinds = passed_NK.shape[1], dict.fromkeys(circle.kind for circle in finished.circle)
-        expected_N = np.zeros(len(finished))
-        for kind in kinds:
-            own = slice(None) if len(kinds) == 1 else np.array([circle.kind == kind for circle in finished.circle])
-            table = self._kind(kind)
-            table.follow(reached_NK[own], passed_NK[own], factor_N[own])
-            expected_N[own] = reached_NK[own] @ table.mean(slots)
+        slots, expected_N = passed_NK.shape[1], np.zeros(len(finished))
+        factor_N = self.factors(finished.request)
+        kinds: dict[Kind, list[int]] = {}
+        for circle, rows in _rows_of(finished.circle).items():
+            table = self._circle(circle)
+            table.follow(reached_NK[rows], passed_NK[rows], factor_N[rows])
+            expected_N[rows] = reached_NK[rows] @ table.mean(slots)
+            kinds.setdefault(circle.kind, []).extend(rows)
+        for kind, rows in kinds.items():
+            self._kind(kind).follow(reached_NK[rows], passed_NK[rows], factor_N[rows])
         yes_N, all_N = passed_NK.sum(1), reached_NK.sum(1)
-        row_N3 = np.stack([yes_N, all_N - yes_N, expected_N], 1)
-        self._circles.add(finished.circle, row_N3, all_N > 0)
-        self._requests.add(finished.request, row_N3, all_N > 0)
+        self._requests.add(finished.request, np.stack([yes_N, all_N - yes_N, expected_N], 1), all_N > 0)
 
-    def conditional(self, slots: int, kind: Kind = NOBODYS.kind) -> Array:
-        """Conditional acceptance by slot of a request of this kind and of factor 1, [K]."""
-        return self._kind(kind).mean(slots)
+    def conditional(self, slots: int, circle: Circle = NOBODYS) -> Array:
+        """Conditional acceptance by slot of a request of this circle and of factor 1, [K]."""
+        return self._circle(circle).mean(slots)
 
     def survival(self, round: Round, slots: int) -> Array:
         """What each request's slots are expected to survive, [R, K]."""
         circles = [circle_of(params) for params in round.params_R] or [NOBODYS] * round.requests
-        by_kind = {kind: self.conditional(slots, kind) for kind in dict.fromkeys(circle.kind for circle in circles)}
-        mean_RK = np.array([by_kind[circle.kind] for circle in circles])
-        factor_R = self.factors(circles, round.request_ids or range(-round.requests, 0))
-        return _survival(mean_RK, factor_R[:, None])
+        mean = {circle: self.conditional(slots, circle) for circle in dict.fromkeys(circles)}
+        factor_R = self.factors(round.request_ids or range(-round.requests, 0))
+        return _survival(np.array([mean[circle] for circle in circles]), factor_R[:, None])
 
     def newcomers(self, circle: Circle, slots: int) -> Array:
         """The same of a request of this circle that has not drafted yet, [K]."""
-        factor = float(self._circles.factors([circle], np.ones(1))[0])
-        return _survival(self.conditional(slots, circle.kind), factor)
+        return _survival(self.conditional(slots, circle), 1.0)
 
-    def factors(self, circles: Sequence[Circle], requests: Sequence[int]) -> Array:
-        """By how much each request's odds of acceptance differ from its kind's, [R]."""
-        return self._requests.factors(requests, self._circles.factors(circles, np.ones(len(circles))))
+    def factors(self, requests: Sequence[int]) -> Array:
+        """By how much each request's odds of acceptance differ from its circle's, [R]."""
+        return self._requests.factors(requests)
 
     def _kind(self, kind: Kind) -> _Slots:
         if kind not in self._kinds:
-            self._kinds[kind] = _Slots(self.first(kind))
+            first = self.first(kind)
+            self._kinds[kind] = _Slots(first or [FIRST_ACCEPTANCE], CALIBRATED_WEIGHT if first else FIRST_WEIGHT)
         return self._kinds[kind]
+
+    def _circle(self, circle: Circle) -> _Slots:
+        if circle not in self._circles:
+            kind = self._kind(circle.kind)
+            if len(self._circles) >= CIRCLES:
+                return kind
+            self._circles[circle] = _Slots(kind.mean(kind.known).tolist(), kind.weight)
+        return self._circles[circle]
 
 
 class _Slots:
-    """The logit of conditional acceptance by slot of one kind, of a request of factor 1."""
+    """The logit of conditional acceptance by slot of one circle or kind, of a request of factor 1."""
 
-    def __init__(self, first: Sequence[float]):
-        self._weight = CALIBRATED_WEIGHT if first else FIRST_WEIGHT
-        self._first = list(first) or [FIRST_ACCEPTANCE]
+    def __init__(self, first: Sequence[float], weight: float):
+        """`first` is the guess, which counts for `weight` rounds; the last slot's goes on."""
+        self.weight, self._first = weight, list(first)
         self._logit_K = np.zeros(0)
         self._sure_K = np.zeros(0)  # what the outcomes say about how sure those are, forgetting
+
+    @property
+    def known(self) -> int:
+        """Slots that there is a guess for, or more."""
+        return max(len(self._first), len(self._logit_K))
 
     def mean(self, slots: int) -> Array:
         """[K]."""
@@ -117,7 +131,15 @@ class _Slots:
         while len(self._logit_K) < slots:
             mean = min(max(self._first[min(len(self._logit_K), len(self._first) - 1)], 1e-4), 1 - 1e-4)
             self._logit_K = np.append(self._logit_K, math.log(mean / (1 - mean)))
-            self._sure_K = np.append(self._sure_K, self._weight * mean * (1 - mean))
+            self._sure_K = np.append(self._sure_K, self.weight * mean * (1 - mean))
+
+
+def _rows_of(circles: Sequence[Circle]) -> dict[Circle, list[int]]:
+    """Where each circle stands."""
+    rows: dict[Circle, list[int]] = {}
+    for row, circle in enumerate(circles):
+        rows.setdefault(circle, []).append(row)
+    return rows
 
 
 def _survival(mean_RK: Array, factor_R1: Array | float) -> Array:

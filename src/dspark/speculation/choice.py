@@ -18,8 +18,18 @@ from dspark.speculation.prices import Prices
 from dspark.speculation.round import Array, Round
 
 CHOOSING = 2e-4, 2e-6  # s that reading and weighing a draft's confidences is taken to cost, and for each request
+TRIED = 8  # one in so many requests is tried at a time
 SAME = 0.99  # of the best rate: a choice that reaches it is as good as the best
 STRAIGHT = 0.02  # of a step: prices this near to a line are taken for one
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The few that come next to drafting where nobody does."""
+
+    requests: list[int]
+    seconds: float  # more than a plain step takes
+    expected: float  # s that its tokens are worth
 
 
 @dataclass
@@ -36,6 +46,7 @@ class Choice:
     row: float = 0.0  # s of one verified token, on average
     bound: float | None = None  # on survival from which a token is worth its row, where prices rise along a line
     whole: bool = False  # drafts are verified whole: choosing among their tokens would win less than it takes
+    rival: Rival | None = None
     until: int = 0
     steady: int = 0  # decisions of this size on end that came to the same
     stop_K: list[float] = field(
@@ -86,12 +97,19 @@ def weigh(
     rate_MK = whole_MK if choice.whole else chosen_MK
     drafting, slots = (int(i) for i in np.unravel_index(int(rate_MK.argmax()), rate_MK.shape))
     choice.rate = float(rate_MK[drafting, slots])
-    choice.slots = dict.fromkeys(ids_of(round), 0)
+    ids = ids_of(round)
+    choice.slots = dict.fromkeys(ids, 0)
     if drafting and slots:
-        choice.width = slots
-        ids = ids_of(round)
+        choice.width = choice.tried_width = slots
         choice.slots.update((ids[r], slots) for r in order_RK[:drafting, slots - 1].tolist())
-    choice.tried_width = choice.width or 1 + int(rate_MK[1:, 1:].max(0).argmax())
+    else:
+        drafting = max(1, requests // TRIED)
+        choice.tried_width = slots = 1 + int(rate_MK[drafting, 1:].argmax())
+        choice.rival = Rival(
+            [ids[r] for r in order_RK[:drafting, slots - 1].tolist()],
+            float(seconds_MK[drafting, slots]) - choice.plain,
+            float(gain_MK[drafting, slots]) / choice.rate,
+        )
     _price_rows(choice, round, prices)
     if before is not None:
         kept = float((whole_MK if before.whole else chosen_MK)[:, min(before.width, most)].max())

@@ -10,16 +10,16 @@ import sys
 
 import numpy as np
 
-from dspark.ops.walk import walk
 from dspark.speculation.acceptance import Acceptance
-from dspark.speculation.choice import Choice, ids_of, weigh
+from dspark.speculation.choice import TRIED, Choice, ids_of, weigh
 from dspark.speculation.circles import NOBODYS, Circle, circle_of
 from dspark.speculation.ending import worth_drafting
 from dspark.speculation.finished import Finished, Followed, enough
 from dspark.speculation.guard import size_of
 from dspark.speculation.looks import Looks
+from dspark.speculation.paying import paying
 from dspark.speculation.prices import Prices
-from dspark.speculation.round import Array, Outcome, Round, as_array
+from dspark.speculation.round import Array, Outcome, Round
 from dspark.speculation.scheduled import Priced, RunningMeans, widest
 from dspark.speculation.trials import STEPS, Trials
 from dspark.speculation.worth import Worth
@@ -135,15 +135,7 @@ class Joint(Priced):
             return [0] * round.requests
         if self._looking:
             return list(round.limit_R)
-        if round.requests == 1:
-            return [self._alone(survival_RK[0].tolist(), round)]
-        a_RK, weight_R = as_array(survival_RK), self.worth.of(round)
-        if self.choice.bound is not None:
-            worth_RK = a_RK if self.worth.alike else a_RK * weight_R[:, None]
-            return np.minimum((worth_RK > self.choice.bound).sum(1), round.limit_R).tolist()
-        asked_R = round.asked_R or round.limit_R
-        seconds_N1, ahead_KK = self.prices.verifying(round, sum(asked_R)), self.means.ahead(a_RK.shape[1])
-        return walk(a_RK * weight_R[:, None], round.limit_R, asked_R, ahead_KK, seconds_N1, rate=self.choice.rate)
+        return paying(round, survival_RK, self.choice, prices=self.prices, means=self.means, worth=self.worth)
 
     def observe(self, outcome: Outcome) -> None:
         """Keep the round for the next decision."""
@@ -170,34 +162,17 @@ class Joint(Priced):
         choice = self.choice
         if circle in choice.newcomers:
             return choice.newcomers[circle]
-        gain = float(self.acceptance.newcomers(circle, choice.tried_width).sum()) if choice.tried_width else 0.0
+        most = choice.width or max(round.limit_R)
         others = min(choice.drafting, round.requests - 1)
-        seconds = self.prices.drafting(round, choice.tried_width, others + 1) + choice.row * choice.tried_width
-        seconds -= self.prices.drafting(round, choice.tried_width, others)
-        pays = gain > choice.rate * seconds * self.guard.factor(round.requests, drafting=True)
+        draft_MK = self.prices.drafts(round, most)
+        seconds_K = (draft_MK[others + 1] - draft_MK[others])[1:] + choice.row * np.arange(1, most + 1)
+        seconds_K *= choice.rate * self.guard.factor(round.requests, drafting=True)
+        worth_K = np.cumsum(self.acceptance.newcomers(circle, most)) > seconds_K
+        pays = bool(worth_K[-1] if choice.width else worth_K.any())
         if pays and not choice.width:
             choice.until = 0  # somebody may be worth drafting for: weigh it all
         choice.newcomers[circle] = choice.width if pays else 0
         return choice.newcomers[circle]
-
-    def _alone(self, survival_K: list[float], round: Round) -> int:
-        """`walk` for one request: what it weighs at slot k is linear in its survival, so a bound decides."""
-        limit = round.limit_R[0]
-        asked = (round.asked_R or round.limit_R)[0]
-        if len(self.choice.stop_K) != asked:
-            self.choice.stop_K = self._stops(round, asked)
-        for k, (survival, bound) in enumerate(zip(survival_K[:limit], self.choice.stop_K, strict=False)):
-            if not survival > bound:
-                return k
-        return limit
-
-    def _stops(self, round: Round, asked: int) -> list[float]:
-        """The survival at each slot of one request below which no set of rows from there on pays."""
-        seconds_N1 = self.prices.verifying(round, asked)
-        ahead_KK = np.cumsum(self.means.ahead(asked), axis=1)
-        price = self.choice.rate / float(self.worth.of(round)[0])
-        more = [price * (seconds_N1[k + 1 :] - seconds_N1[k]) / ahead_KK[k, k:] for k in range(asked)]
-        return [float(bound.min()) for bound in more]
 
     def _decide(self, round: Round) -> None:
         """Weigh every choice anew."""
@@ -232,7 +207,9 @@ class Joint(Priced):
         ids = ids_of(round)
         drafting = [request for request in ids if choice.slots[request]]
         self.trials.drafted(drafting)
-        idle = [(r, request) for r, request in enumerate(ids) if not choice.slots[request] and round.limit_R[r]]
+        idle = [
+            request for request, limit in zip(ids, round.limit_R, strict=True) if limit and not choice.slots[request]
+        ]
         left = min(max(round_up(cost / (DECIDING * step)), KEEP), LONGEST, FIRST << min(choice.steady, 30))
         look = round_up(ENOUGH / max(len(drafting), 1))
         if drafting and self.decisions >= FIRST_LOOK and look * self._patience <= LOOKING * self._unseen:
@@ -242,25 +219,29 @@ class Joint(Priced):
             left = self._try(round, idle, len(drafting), cost) or left
         choice.until = self._step + left
 
-    def _try(self, round: Round, idle: list[tuple[int, int]], drafting: int, decision: float) -> int:
-        """Let requests draft that have not for longest, as far as the allowance goes, else wait for it.
+    def _try(self, round: Round, idle: list[int], drafting: int, decision: float) -> int:
+        """Let requests draft that do not, as far as the allowance goes, else wait for it.
 
-        Returns for how many steps; 0 for as long as the choice holds. A `decision` of so many seconds ends a trial.
+        In turn those that come next to paying, and those that have not drafted for longest. Returns for how many steps;
+        0 for as long as the choice holds. A `decision` of so many seconds ends a trial.
         """
-        choice = self.choice
-        width, tried = choice.tried_width, self.trials.oldest(idle, max(1, round.requests // 8))
-        verified = choice.width * drafting
-        table_N1 = self.prices.verifying(round, verified + width * len(tried))
-        more = float(table_N1[-1] - table_N1[verified]) + self.prices.drafting(round, width, drafting + len(tried))
-        more -= self.prices.drafting(round, choice.width, drafting)
-        more = more * self.guard.factor(round.requests, drafting=True) + decision / STEPS
-        if self.trials.start([request for _, request in tried], more):
+        choice, width = self.choice, self.choice.tried_width
+        if choice.rival is not None and self.trials.started % 2 == 0:
+            tried, expected = choice.rival.requests, choice.rival.expected
+            more = choice.rival.seconds + decision / STEPS
+        else:
+            tried, expected = self.trials.oldest(idle, max(1, round.requests // TRIED)), 0.0
+            verified = choice.width * drafting
+            table_N1 = self.prices.verifying(round, verified + width * len(tried))
+            more = float(table_N1[-1] - table_N1[verified]) + self.prices.drafting(round, width, drafting + len(tried))
+            more -= self.prices.drafting(round, choice.width, drafting)
+            more = more * self.guard.factor(round.requests, drafting=True) + decision / STEPS
+        if self.trials.start(tried, more, expected):
             self._won = 0
-            for _, request in tried:
-                choice.slots[request] = width
-            self.trials.drafted([request for _, request in tried])
+            choice.slots.update(dict.fromkeys(tried, width))
+            self.trials.drafted(tried)
             return STEPS
-        return 0 if drafting else max(self.trials.steps_until(more, choice.plain), KEEP)
+        return 0 if drafting else max(self.trials.steps_until(more - expected, choice.plain), KEEP)
 
     def _end_probe(self) -> None:
         """Learn from the steps since the last decision, and so end a trial or a look."""

@@ -8,6 +8,7 @@ EXPLORE = 0.01  # share of the time
 STEPS = 3  # of one trial on end: the first finds the caches full of other weights and a context to catch up with
 PATIENCE = 8  # how much rarer trials become at most, while none of them pays
 PAID = 1.0  # share of a trial's extra time that its tokens must win back to go on at once
+HALF = 0.5  # ... or there will be fewer
 REMEMBERED = 4096
 LONGEST = 2048  # steps without one
 
@@ -18,6 +19,7 @@ class Trials:
     def __init__(self) -> None:
         self.allowance = 0.0
         self.patience = 1
+        self.started = 0
         self.running: dict[int, float] = {}  # by request under trial, seconds that its draft is to cost beyond others'
         self._clock = 0
         self._last: dict[int, int] = {}  # when a request last drafted
@@ -34,31 +36,36 @@ class Trials:
         if len(self._last) > REMEMBERED:
             self._last = dict(sorted(self._last.items(), key=lambda pair: pair[1])[REMEMBERED // 2 :])
 
-    def oldest(self, idle: Sequence[tuple[int, int]], most: int) -> list[tuple[int, int]]:
-        """The `most` pairs (index, request) that have not drafted for longest."""
-        return sorted(idle, key=lambda pair: self._last.get(pair[1], -1))[:most]
+    def oldest(self, idle: Sequence[int], most: int) -> list[int]:
+        """The `most` requests that have not drafted for longest."""
+        return sorted(idle, key=lambda request: self._last.get(request, -1))[:most]
 
-    def start(self, requests: Sequence[int], seconds: float) -> bool:
-        """Whether these may be tried, for `seconds` more a step; then it is paid for."""
-        cost = STEPS * seconds
-        if cost > self.allowance:
+    def start(self, requests: Sequence[int], seconds: float, expected: float = 0.0) -> bool:
+        """Whether these may be tried, for `seconds` more a step; then it is paid for.
+
+        What matters is what the trial is expected to lose: its tokens are worth `expected` seconds a step.
+        """
+        if STEPS * (seconds - expected) > self.allowance:
             return False
-        self.allowance -= cost
+        self.allowance -= STEPS * seconds
         self.running = {request: seconds / max(len(requests), 1) for request in requests}
+        self.started += 1
         return True
 
     def settle(self, tokens: int, rate: float) -> bool:
-        """A trial ended and brought so many tokens; if they paid for it, it goes on and costs nothing."""
+        """A trial ended and brought so many tokens, whose time comes back; one that paid for itself cost nothing."""
         cost = STEPS * sum(self.running.values())
         won = tokens / rate if rate else 0.0
         paid = won >= PAID * cost
-        self.patience = 1 if paid else min(2 * self.patience, PATIENCE)
         if paid:
-            self.allowance += cost
+            self.patience = 1
+        elif won < HALF * cost:
+            self.patience = min(2 * self.patience, PATIENCE)
+        self.allowance += min(won, cost)
         self.running = {}
         return paid
 
     def steps_until(self, seconds: float, step: float) -> int:
-        """Steps of `step` seconds until a trial of `seconds` more a step can be paid."""
+        """Steps of `step` seconds until a trial that loses `seconds` a step can be paid."""
         short = STEPS * seconds - self.allowance
         return min(max(int(short * self.patience / (EXPLORE * step)), 0), LONGEST) if step > 0 else 0

@@ -196,7 +196,7 @@ def test_what_one_kind_teaches_says_nothing_of_another():
         acceptance.learn(Finished.of([Outcome(round, [2, 2], [2, 0], 1.0, np.full((2, 2), 0.6))]))
     new = Round([2, 2], [2, 2], [500, 501], [9, 9], [greedy, sampled])
     better, worse = acceptance.survival(new, 2)[:, 0]
-    assert better > 0.95 and worse < 0.1
+    assert better > 0.95 and worse < 0.15
     cold = Round([2], [2], [502], [9], [SamplingParams(temperature=0.1)])
     assert acceptance.survival(cold, 2)[0] == pytest.approx([0.5, 0.25])  # no rounds yet, and never a greedy one
 
