@@ -10,6 +10,8 @@
 
 namespace {
 
+constexpr int64_t TOKENS = 8;  // of one piece of work
+
 struct Shape {
   int64_t heads, groups, key_size, value_size, page_size, table_width, window;
   float scale, softcap;
@@ -37,10 +39,13 @@ inline void add_values(const float* weight, int64_t stride, const float* values,
     for (int p = 0; p < P; ++p) std::memcpy(result + r * size + p * LANES, &acc[r][p], sizeof acc[r][p]);
 }
 
+constexpr int WIDTH = NATIVE == LANES ? 4 : 2, HEIGHT = WIDTH;  // columns of 16 and rows whose sums are held at once
+
 template <int N>
 void add_columns(const float* weight, int64_t stride, const float* values, int64_t count, int64_t size, float* result) {
+  constexpr int64_t wide = WIDTH * LANES;
   int64_t j = 0;
-  for (; j + 4 * LANES <= size; j += 4 * LANES) add_values<N, 4>(weight, stride, values + j, count, size, result + j);
+  for (; j + wide <= size; j += wide) add_values<N, WIDTH>(weight, stride, values + j, count, size, result + j);
   for (; j < size; j += LANES) add_values<N, 1>(weight, stride, values + j, count, size, result + j);
 }
 
@@ -97,14 +102,6 @@ inline void fetch(const Scalar* const* rows, int64_t count, int64_t size) {
       __builtin_prefetch(reinterpret_cast<const char*>(rows[lane]) + byte);
 }
 
-template <typename Scalar>
-inline void widen_row(const Scalar* row, float* to, int64_t size) {
-  int64_t j = 0;
-  if constexpr (!std::is_same_v<Scalar, at::Half>)
-    for (; j + LANES <= size; j += LANES) put(to + j, wide(row + j));
-  for (; j < size; ++j) to[j] = widen(row[j]);
-}
-
 // Queries [first, last) of one sequence against one key/value head. Keys come in blocks of 16 at absolute multiples of
 // 16, transposed so that a lane is a key: every score and every sum has an order that only its own position decides.
 template <typename Scalar>
@@ -112,6 +109,7 @@ void attend(const Scalar* q, const Scalar* k, const Scalar* v, const Scalar* poo
             const int32_t* table, Scalar* out, const Shape& s, int64_t start, int64_t own, int64_t context,
             int64_t group, int64_t first, int64_t last) {
   using Kept = std::conditional_t<std::is_same_v<Scalar, at::Half>, float, Scalar>;  // what scores are made of
+  using Row = typename Scoring<Kept>::Row;
   constexpr int64_t WIDE = LANES * Packed<Kept>::STEP;
   const int64_t per = s.heads / s.groups, rows = (last - first) * per, keys = context + own;
   const int64_t dk = (s.key_size + WIDE - 1) / WIDE * WIDE, dv = (s.value_size + LANES - 1) / LANES * LANES;
@@ -123,13 +121,15 @@ void attend(const Scalar* q, const Scalar* k, const Scalar* v, const Scalar* poo
   float* const score = room.floats(rows * (width + dv + 2) + LANES * dv);
   float *const result = score + rows * width, *const block = result + rows * dv, *const total = block + LANES * dv;
   float* const undo = total + rows;  // what brings a query's scores back into its own scale
-  Kept* const query = room.of<Kept>((rows + LANES + 1 + LANES) * dk);
-  Kept *const columns = query + rows * dk, *const copies = columns + LANES * dk, *const none = copies + LANES * dk;
+  Row* const query = room.of<Row>(rows * dk + (2 * LANES + 1) * dk);  // a Kept is no larger than a Row
+  Kept* const columns = reinterpret_cast<Kept*>(query + rows * dk);
+  Kept *const copies = columns + LANES * dk, *const none = copies + LANES * dk;
   std::fill(result, result + rows * dv, 0.0f);
   std::fill(copies, none + dk, Kept(0));
   for (int64_t i = 0; i < rows; ++i) {
     const Scalar* row = q + ((start + first + i / per) * s.heads + group * per + i % per) * s.key_size;
-    for (int64_t j = 0; j < dk; ++j) query[i * dk + j] = j < s.key_size ? static_cast<Kept>(row[j]) : Kept(0);
+    convert(row, query + i * dk, s.key_size);
+    std::fill(query + i * dk + s.key_size, query + (i + 1) * dk, Row(0));
     undo[i] = Scoring<Kept>::queries(query + i * dk, dk);
   }
   const auto rows_of = [&](const Scalar* pool, const Scalar* fresh, int64_t size) {
@@ -152,15 +152,17 @@ void attend(const Scalar* q, const Scalar* k, const Scalar* v, const Scalar* poo
       side[lane] = lane < count ? copies + lane * dk : none;
       if (lane >= count) continue;
       if (straight) side[lane] = reinterpret_cast<const Kept*>(found[lane]);
-      else for (int64_t j = 0; j < s.key_size; ++j) copies[lane * dk + j] = static_cast<Kept>(found[lane][j]);
+      else convert(found[lane], copies + lane * dk, s.key_size);
     }
     transpose(side, columns, dk);
     const float common = s.scale * Scoring<Kept>::keys(columns, dk);
     float* line = score + base - from;
     int64_t i = 0;
-    for (; i + 8 <= rows; i += 8) score_rows<8>(query + i * dk, columns, dk, undo + i, common, line + i * width, width);
-    for (; i + 2 <= rows; i += 2) score_rows<2>(query + i * dk, columns, dk, undo + i, common, line + i * width, width);
-    for (; i < rows; ++i) score_rows<1>(query + i * dk, columns, dk, undo + i, common, line + i * width, width);
+    for (; i + SCORED <= rows; i += SCORED)
+      score_rows<SCORED, Kept>(query + i * dk, columns, dk, undo + i, common, line + i * width, width);
+    for (; i + 2 <= rows; i += 2)
+      score_rows<2, Kept>(query + i * dk, columns, dk, undo + i, common, line + i * width, width);
+    for (; i < rows; ++i) score_rows<1, Kept>(query + i * dk, columns, dk, undo + i, common, line + i * width, width);
   }
   for (int64_t i = 0; i < rows; ++i) {
     float* line = score + i * width;
@@ -170,15 +172,11 @@ void attend(const Scalar* q, const Scalar* k, const Scalar* v, const Scalar* poo
     std::fill(line + (end - from), line + width, -INFINITY);
     if (s.window > 0) std::fill(line, line + std::max<int64_t>(0, position - s.window + 1 - from), -INFINITY);
     Vec peaks = load(line), sums = Vec{};
-    for (int64_t key = LANES; key < width; key += LANES) {
-      const Vec here = load(line + key);
-      peaks = here > peaks ? here : peaks;
-    }
-    float peak = peaks[0];
-    for (int lane = 1; lane < LANES; ++lane) peak = std::max(peak, peaks[lane]);
+    for (int64_t key = LANES; key < width; key += LANES) peaks = larger(load(line + key), peaks);
+    const float peak = peak_of(peaks);
     for (int64_t key = 0; key < width; key += LANES) {
-      const Vec raw = load(line + key), weight = raw > Vec{} - INFINITY ? exponential(raw - peak) : Vec{};
-      std::memcpy(line + key, &weight, sizeof weight);
+      const Vec weight = weights_below(load(line + key), peak);
+      put(line + key, weight);
       sums += weight;
     }
     total[i] = 0;
@@ -188,10 +186,11 @@ void attend(const Scalar* q, const Scalar* k, const Scalar* v, const Scalar* poo
   for (int64_t base = from; base < newest; base += LANES) {
     const int64_t count = std::min(LANES, newest - base);
     value_rows.at(base, count, nullptr, found);
-    for (int64_t lane = 0; lane < count; ++lane) widen_row(found[lane], block + lane * dv, s.value_size);
+    for (int64_t lane = 0; lane < count; ++lane) convert(found[lane], block + lane * dv, s.value_size);
     const float* weight = score + base - from;
     int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) add_columns<4>(weight + i * width, width, block, count, dv, result + i * dv);
+    for (; i + HEIGHT <= rows; i += HEIGHT)
+      add_columns<HEIGHT>(weight + i * width, width, block, count, dv, result + i * dv);
     for (; i + 2 <= rows; i += 2) add_columns<2>(weight + i * width, width, block, count, dv, result + i * dv);
     for (; i < rows; ++i) add_columns<1>(weight + i * width, width, block, count, dv, result + i * dv);
   }
@@ -199,7 +198,7 @@ void attend(const Scalar* q, const Scalar* k, const Scalar* v, const Scalar* poo
     const int64_t token = start + first + i / per, head = group * per + i % per;
     Scalar* to = out + (token * s.heads + head) * s.value_size;
     const float share = 1.0f / total[i];
-    for (int64_t j = 0; j < s.value_size; ++j) to[j] = static_cast<Scalar>(result[i * dv + j] * share);
+    for (int64_t j = 0; j < s.value_size; j += LANES) put(to + j, load(result + i * dv + j) * share, s.value_size - j);
   }
 }
 
@@ -216,8 +215,8 @@ void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   for (int64_t r = 0; r + 1 < cu.numel(); ++r) {
     const int64_t own = bounds[r + 1] - bounds[r];
     work += own * (own + contexts[r]) * s.heads * s.key_size;
-    for (int64_t first = 0; first < own; first += ROWS)
-      for (int64_t g = 0; g < s.groups; ++g) pieces.push_back({r, g, first, std::min(own, first + ROWS)});
+    for (int64_t first = 0; first < own; first += TOKENS)
+      for (int64_t g = 0; g < s.groups; ++g) pieces.push_back({r, g, first, std::min(own, first + TOKENS)});
   }
   const int64_t count = pieces.size();
   const int threads = thread_count(), together = count >= 2 * threads * s.groups ? s.groups : 1;

@@ -14,30 +14,25 @@ namespace {
 inline float dot(const float* a, const float* b, int64_t size) {  // size is a multiple of 16, zero-padded
   Vec acc = Vec{};
   for (int64_t i = 0; i < size; i += LANES) acc += load(a + i) * load(b + i);
-  float half[LANES / 2];
-  for (int64_t i = 0; i < LANES / 2; ++i) half[i] = acc[i] + acc[i + LANES / 2];
-  return ((half[0] + half[4]) + (half[1] + half[5])) + ((half[2] + half[6]) + (half[3] + half[7]));
+  return block_sum(acc);
 }
 
 // The largest of x[count], which is padded with -inf to a multiple of 16; NaN is never the largest.
 inline float peak_of(const float* x, int64_t count) {
   Vec peaks = Vec{} - INFINITY;
-  for (int64_t i = 0; i < count; i += LANES) {
-    const Vec here = load(x + i);
-    peaks = here > peaks ? here : peaks;
-  }
-  float peak = peaks[0];
-  for (int lane = 1; lane < LANES; ++lane) peak = std::max(peak, peaks[lane]);
-  return peak;
+  for (int64_t i = 0; i < count; i += LANES) peaks = larger(load(x + i), peaks);
+  return peak_of(peaks);
 }
 
 inline bool has(Vec x, float value) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(value), _CMP_EQ_OQ) != 0;
 #else
-  for (int64_t i = 0; i < LANES; ++i)
-    if (x[i] == value) return true;
-  return false;
+  Ints found{};
+  each(x, [&](Register r, int64_t) { found |= r == value; });
+  int32_t any = 0;
+  for (int64_t i = 0; i < NATIVE; ++i) any |= found[i];
+  return any != 0;
 #endif
 }
 
@@ -129,9 +124,7 @@ void chain_of(const Scalar* base, const Scalar* w1, const Scalar* w2, int64_t an
     } else {
       double total = 0;
       for (int64_t i = 0; i < count; i += LANES) {
-        const Vec raw = load(&logit[i]);
-        const Vec weight = raw > Vec{} - INFINITY ? exponential((raw - peak) / float(temperature)) : Vec{};
-        std::memcpy(&logit[i], &weight, sizeof weight);
+        put(&logit[i], weights_below(load(&logit[i]), peak, float(temperature)));
         total += block_sum(&logit[i]);
       }
       best = draw_from(logit.data(), count, total, uniform[k]);
@@ -215,8 +208,7 @@ struct WholeChain {
     double sum = 0;
     for (int64_t v = start_of(part); v < start_of(part + 1); v += LANES) {
       float* here = &logit[r * stride + v];
-      const Vec raw = load(here), weight = raw > Vec{} - INFINITY ? exponential((raw - top) / heat) : Vec{};
-      put(here, weight);
+      put(here, weights_below(load(here), top, heat));
       sum += block_sum(here);
     }
     total[r * PARTS + part] = sum;

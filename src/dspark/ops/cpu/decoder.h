@@ -52,7 +52,7 @@ template <typename Scalar>
 inline void rms_norm(const Scalar* x, const Scalar* weight, Scalar* out, int64_t size, float eps) {
   Vec squares = Vec{};
   for (int64_t j = 0; j < size; j += LANES) { const Vec v = wide(x + j); squares += v * v; }
-  const float share = 1.0f / std::sqrt(block_sum(reinterpret_cast<const float*>(&squares)) / float(size) + eps);
+  const float share = 1.0f / std::sqrt(block_sum(squares) / float(size) + eps);
   for (int64_t j = 0; j < size; j += LANES) put(out + j, wide(weight + j) * rounded(x, wide(x + j) * share));
 }
 
@@ -75,8 +75,8 @@ inline void turn(Scalar* head, const Scalar* weight, const Scalar* cos, const Sc
 }
 
 inline Vec silu(Vec x) {
-  const Vec zero = Vec{}, falling = exponential(x > zero ? -x : x);
-  return x * ((x > zero ? zero + 1.0f : falling) / (falling + 1.0f));
+  const Vec zero = Vec{}, falling = exponential(above(x, zero, -x, x));
+  return x * (above(x, zero, zero + 1.0f, falling) / (falling + 1.0f));
 }
 
 template <typename Scalar>
@@ -89,8 +89,8 @@ class Decoder {
     x = memory.get(), normed = x + T * s.D, q = normed + copies * T * s.D, k = q + T * s.H * s.d, v = k + T * s.G * s.d;
     mixed = v + T * s.G * s.d, act = mixed + T * s.H * s.d;
     for (int64_t r = 0; r < in.R; ++r)
-      for (int64_t first = 0, own = in.cu[r + 1] - in.cu[r]; first < own; first += ROWS)
-        for (int64_t g = 0; g < s.G; ++g) pieces.push_back({r, g, first, std::min(own, first + ROWS)});
+      for (int64_t first = 0, own = in.cu[r + 1] - in.cu[r]; first < own; first += TOKENS)
+        for (int64_t g = 0; g < s.G; ++g) pieces.push_back({r, g, first, std::min(own, first + TOKENS)});
   }
 
   // Every thread calls this with its number. taps[T][count·D] are the outputs of the layers in `wanted`, -1 the embedding.

@@ -156,7 +156,7 @@ class DraftRound {
     for (int64_t i = mine.begin; i < mine.end; ++i) {
       Vec sums = Vec{};
       for (int64_t j = 0; j < s.D; j += LANES) sums += wide(hidden.get() + i * s.D + j) * load(seen + j);
-      sure[i] = block_sum(reinterpret_cast<const float*>(&sums)) + seen[s.D + rank];
+      sure[i] = block_sum(sums) + seen[s.D + rank];
     }
     team.meet();
     chain.run(id);

@@ -13,19 +13,22 @@
 
 namespace {
 
+// One step of a product: STEP inputs of 16 outputs, against rows of type Row.
 template <typename Scalar>
 struct Packed;
 
 template <>
 struct Packed<float> {
+  using Row = float;
   static constexpr int64_t STEP = 1;
   static inline void multiply(Vec& acc, Vec weight, const float* x) { acc += weight * x[0]; }
-  static inline Vec weights(const float* p) { return load(p); }
+  static inline Vec weights(const float* p) { return built<Vec>([=](int64_t at) { return keep<Register>(p + at); }); }
 };
 
 #if defined(__AVX512BF16__)
 template <>
 struct Packed<at::BFloat16> {
+  using Row = at::BFloat16;
   static constexpr int64_t STEP = 2;
   static inline __m512i weights(const at::BFloat16* p) { return _mm512_loadu_si512(p); }
   static inline void multiply(Vec& acc, __m512i weight, const at::BFloat16* x) {
@@ -37,11 +40,19 @@ struct Packed<at::BFloat16> {
 #else
 template <>
 struct Packed<at::BFloat16> {
+  using Row = float;  // widened once, not at every product
   static constexpr int64_t STEP = 2;
-  static inline Bits weights(const at::BFloat16* p) { Bits v; std::memcpy(&v, p, sizeof v); return v; }
-  static inline void multiply(Vec& acc, Bits weight, const at::BFloat16* x) {
-    acc += (Vec)(weight << 16) * widen(x[0]);
-    acc += (Vec)(weight & 0xffff0000u) * widen(x[1]);
+  struct Two {
+    Vec even, odd;
+  };
+  static inline Two weights(const at::BFloat16* p) {
+    const auto pairs = [=](int64_t at) { return keep<Bits>(p + 2 * at); };
+    return {built<Vec>([=](int64_t at) { return (Register)(pairs(at) << 16); }),
+            built<Vec>([=](int64_t at) { return (Register)(pairs(at) & 0xffff0000u); })};
+  }
+  static inline void multiply(Vec& acc, const Two& weight, const float* x) {
+    acc += weight.even * x[0];
+    acc += weight.odd * x[1];
   }
 };
 #endif
@@ -49,7 +60,6 @@ struct Packed<at::BFloat16> {
 // Weights as they are: [N/16][K/STEP][16][STEP].
 template <typename Scalar>
 struct Kind : Packed<Scalar> {
-  using Value = Scalar;
   using Sums = Vec;
   static constexpr int64_t CHAIN = int64_t(1) << 40;  // inputs of one sum
   static inline Vec total(Sums sums) { return sums; }
@@ -64,16 +74,32 @@ struct Kind : Packed<Scalar> {
   }
 };
 
+// `size` values as another type.
+inline void convert(const float* from, float* to, int64_t size) { std::copy_n(from, size, to); }
+template <typename Scalar>
+inline void convert(const Scalar* from, float* to, int64_t size) {
+  int64_t j = 0;
+  if constexpr (std::is_same_v<Scalar, at::BFloat16>)
+    for (; j + LANES <= size; j += LANES) put(to + j, wide(from + j));
+  for (; j < size; ++j) to[j] = widen(from[j]);
+}
+inline void convert(const at::BFloat16* from, at::BFloat16* to, int64_t size) { std::copy_n(from, size, to); }
+
 // The rows of a product, as its kind of weights wants them.
 template <typename Scalar>
 struct Operand {
-  Operand(const Scalar* x, int64_t T, int64_t K) : T(T), K(K), x(x) {}
-  const Scalar* row(int64_t t) const { return x + t * K; }
+  using Row = typename Kind<Scalar>::Row;
+  Operand(const Scalar* x, int64_t T, int64_t K) : T(T), K(K) {
+    if constexpr (std::is_same_v<Scalar, Row>) rows = x;
+    else made.reset(new Row[T * K]), convert(x, made.get(), T * K), rows = made.get();
+  }
+  const Row* row(int64_t t) const { return rows + t * K; }
   float scale(int64_t) const { return 1.0f; }
   const int64_t T, K;
 
  private:
-  const Scalar* x;
+  const Row* rows;
+  std::unique_ptr<Row[]> made;
 };
 
 #if defined(__AVX512FP16__)
@@ -108,6 +134,7 @@ inline uint32_t magnitude(const at::BFloat16* x, int64_t count) {
 template <>
 struct Kind<at::BFloat16> {
   using Value = at::BFloat16;  // where weights and rows lie in; the bits are float16
+  using Row = Value;
   using Sums = __m512h;        // of the even and of the odd inputs
   static constexpr int64_t STEP = 2, CHAIN = 64, TAIL = 2 * LANES;
   static constexpr int ROW_TOP = 8, WEIGHT_TOP = 1;  // 32 products and their sum stay below 2^15

@@ -15,11 +15,14 @@
 namespace {
 
 constexpr int64_t PREFETCH = 4096;  // bytes ahead: keeps memory busy while 8 rows compute
-constexpr int64_t STEP_TILES = 3;   // tiles of a pass: with 8 rows as many accumulators as there are registers
+
+// Tiles of a pass over M rows: as many as there are sums to hold.
+constexpr int64_t tiles_of(int64_t M) { return std::clamp<int64_t>(HELD / M, 1, 3); }
+constexpr int64_t LONE_TILES = std::min<int64_t>(HELD, NATIVE == LANES ? 6 : 3);  // of a pass over one row: streams of memory
 
 // sums[M][TILES][16]: rows x[M][K] times the TILES tiles of outputs that begin with `weight`.
 template <typename Scalar, int M, int TILES>
-void product(const Scalar* x, const Scalar* weight, int64_t K, float* sums) {
+void product(const typename Kind<Scalar>::Row* x, const Scalar* weight, int64_t K, float* sums) {
   using P = Kind<Scalar>;
   const int64_t tile = P::tile(K);
   const Scalar* ahead = weight + PREFETCH / sizeof(Scalar);
@@ -50,35 +53,38 @@ void product(const Scalar* x, const Scalar* weight, int64_t K, float* sums) {
   }
 }
 
-template <typename Scalar, int TILES>
-void rows(int64_t M, const Scalar* x, const Scalar* w, int64_t K, float* sums) {
-  switch (M) {
-    case 1: return product<Scalar, 1, TILES>(x, w, K, sums);
-    case 2: return product<Scalar, 2, TILES>(x, w, K, sums);
-    case 3: return product<Scalar, 3, TILES>(x, w, K, sums);
-    case 4: return product<Scalar, 4, TILES>(x, w, K, sums);
-    case 5: return product<Scalar, 5, TILES>(x, w, K, sums);
-    case 6: return product<Scalar, 6, TILES>(x, w, K, sums);
-    case 7: return product<Scalar, 7, TILES>(x, w, K, sums);
-    default: return product<Scalar, 8, TILES>(x, w, K, sums);
-  }
+// `tiles` tiles of M rows, tiles <= tiles_of(M).
+template <typename Scalar, int M>
+void row_block(const typename Kind<Scalar>::Row* x, const Scalar* w, int64_t K, int64_t tiles, float* sums) {
+  if constexpr (tiles_of(M) >= 3)
+    if (tiles == 3) return product<Scalar, M, 3>(x, w, K, sums);
+  if constexpr (tiles_of(M) >= 2)
+    if (tiles == 2) return product<Scalar, M, 2>(x, w, K, sums);
+  product<Scalar, M, 1>(x, w, K, sums);
+}
+
+template <typename Scalar, int M = 1>
+void rows(int64_t count, const typename Kind<Scalar>::Row* x, const Scalar* w, int64_t K, int64_t tiles, float* sums) {
+  if constexpr (M < ROWS)
+    if (count > M) return rows<Scalar, M + 1>(count, x, w, K, tiles, sums);
+  row_block<Scalar, M>(x, w, K, tiles, sums);
 }
 
 // Tiles [begin, end) of the rows x times w; `finish(t, n, sums)` takes the 16 outputs of row t that begin with n.
 template <typename Scalar, typename Finish>
 void multiply(const Operand<Scalar>& x, const Scalar* w, int64_t begin, int64_t end, const Finish& finish) {
   using P = Kind<Scalar>;
-  alignas(64) float sums[ROWS * STEP_TILES * LANES];
-  const int64_t K = x.K;
+  alignas(64) float sums[HELD * LANES];
+  const int64_t K = x.K, blocks = (x.T + ROWS - 1) / ROWS, most = x.T > 0 ? tiles_of((x.T + blocks - 1) / blocks) : 1;
   for (int64_t tile = begin; tile < end;) {
-    const int64_t left = end - tile, step = x.T == 1 && left >= 6 ? 6 : left == 4 ? 2 : std::min(STEP_TILES, left);
+    const int64_t left = end - tile, lone = x.T == 1 && left >= LONE_TILES;
+    const int64_t step = lone ? LONE_TILES : left == 4 ? std::min<int64_t>(2, most) : std::min(most, left);
     const Scalar* weight = w + tile * P::tile(K);
-    for (int64_t t = 0; t < x.T; t += ROWS) {
-      const int64_t M = std::min(ROWS, x.T - t);
-      if (step == 6) product<Scalar, 1, 6>(x.row(t), weight, K, sums);
-      else if (step == 3) rows<Scalar, 3>(M, x.row(t), weight, K, sums);
-      else if (step == 2) rows<Scalar, 2>(M, x.row(t), weight, K, sums);
-      else rows<Scalar, 1>(M, x.row(t), weight, K, sums);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Share rows_here(x.T, block, blocks);
+      const int64_t t = rows_here.begin, M = rows_here.end - t;
+      if (lone) product<Scalar, 1, LONE_TILES>(x.row(t), weight, K, sums);
+      else rows<Scalar>(M, x.row(t), weight, K, step, sums);
       for (int64_t m = 0; m < M; ++m)
         for (int64_t s = 0; s < step; ++s)
           finish(t + m, (tile + s) * LANES,

@@ -5,42 +5,47 @@
 
 namespace {
 
-typedef int32_t Ints __attribute__((vector_size(64)));
-
 template <int S>
-inline void exchange(Vec* row) {  // one stage of a 16x16 transpose: swaps lanes and rows whose index has bit S
-  Ints low, high;
-  for (int lane = 0; lane < LANES; ++lane) {
-    low[lane] = lane & S ? LANES + lane - S : lane;
-    high[lane] = lane & S ? LANES + lane : lane + S;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i)
-    if (!(i & S)) {
-      const Vec a = row[i], b = row[i | S];
-      row[i] = __builtin_shuffle(a, b, low);
-      row[i | S] = __builtin_shuffle(a, b, high);
+inline void exchange(Register* row) {  // one stage of a transpose: swaps lanes and rows whose index has bit S
+  if constexpr (S < NATIVE) {
+    Ints low, high;
+    for (int lane = 0; lane < NATIVE; ++lane) {
+      low[lane] = lane & S ? NATIVE + lane - S : lane;
+      high[lane] = lane & S ? NATIVE + lane : lane + S;
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < NATIVE; ++i)
+      if (!(i & S)) {
+        const Register a = row[i], b = row[i | S];
+        row[i] = __builtin_shuffle(a, b, low);
+        row[i | S] = __builtin_shuffle(a, b, high);
+      }
+  }
 }
 
-// Sixteen rows of `size` values side by side: columns[size/STEP][16][STEP], the layout of a tile of weights.
+// Sixteen rows of `size` values side by side: columns[size/STEP][16][STEP], the layout of a tile of weights. In squares
+// of as many rows as a register has lanes.
 template <typename Scalar>
 inline void transpose(const Scalar* const* rows, Scalar* columns, int64_t size) {
-  constexpr int64_t WIDE = LANES * Packed<Scalar>::STEP;  // values in a vector
-  for (int64_t j = 0; j < size; j += WIDE) {
-    Vec tile[LANES];
+  constexpr int64_t WIDE = NATIVE * Packed<Scalar>::STEP;  // values in a register
+  for (int64_t j = 0; j < size; j += WIDE)
+    for (int64_t first = 0; first < LANES; first += NATIVE) {
+      Register square[NATIVE];
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) std::memcpy(&tile[i], rows[i] + j, sizeof tile[i]);
-    exchange<8>(tile), exchange<4>(tile), exchange<2>(tile), exchange<1>(tile);
-    std::memcpy(columns + j * LANES, tile, sizeof tile);
-  }
+      for (int i = 0; i < NATIVE; ++i) std::memcpy(&square[i], rows[first + i] + j, sizeof square[i]);
+      exchange<8>(square), exchange<4>(square), exchange<2>(square), exchange<1>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < NATIVE; ++i)
+        std::memcpy(columns + j * LANES + (i * LANES + first) * Packed<Scalar>::STEP, &square[i], sizeof square[i]);
+    }
 }
 
 // How scores are summed: by pairs as the weights' kind does, keys and queries as they are.
 template <typename Kept>
 struct Scoring : Packed<Kept> {
   using Sums = Vec;
-  static inline float queries(Kept*, int64_t) { return 1.0f; }
+  using Row = typename Packed<Kept>::Row;
+  static inline float queries(Row*, int64_t) { return 1.0f; }
   static inline float keys(Kept*, int64_t) { return 1.0f; }
   static inline Vec total(Vec even, Vec odd) { return even + odd; }
 };
@@ -72,10 +77,12 @@ struct Scoring<at::BFloat16> : Kind<at::BFloat16> {
 };
 #endif
 
+constexpr int SCORED = std::min<int64_t>(8, HELD / 2);  // rows at once, for each has two sums
+
 // score[N] rows against 16 keys, which lie as columns; `scale` is by row.
 template <int N, typename Kept>
-inline void score_rows(const Kept* query, const Kept* columns, int64_t size, const float* scale, float common, float* score,
-                       int64_t stride) {
+inline void score_rows(const typename Scoring<Kept>::Row* query, const Kept* columns, int64_t size, const float* scale,
+                       float common, float* score, int64_t stride) {
   using P = Scoring<Kept>;
   typename P::Sums even[N] = {}, odd[N] = {};  // two sums, for one alone would wait for itself
   for (int64_t j = 0; j < size; j += 2 * P::STEP) {

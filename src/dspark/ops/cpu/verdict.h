@@ -26,8 +26,7 @@ inline double weights_of(int64_t V, float temperature, std::vector<float>& weigh
   const float peak = peak_of(weight.data(), V);
   double total = 0;
   for (int64_t v = 0; v < V; v += LANES) {
-    const Vec raw = load(&weight[v]), w = raw > Vec{} - INFINITY ? exponential((raw - peak) / temperature) : Vec{};
-    std::memcpy(&weight[v], &w, sizeof w);
+    put(&weight[v], weights_below(load(&weight[v]), peak, temperature));
     total += block_sum(&weight[v]);
   }
   return total;
