@@ -5,12 +5,16 @@ import math
 
 import pytest
 import torch
-from test_engine_law import BOUND, PLAIN, PROMPT, distance, drafter_of, target_of
+from test_engine_law import BOUND, DRAFTING, PLAIN, PROMPT, distance, drafter_of, target_of
 from toy_grammar import WORDS, Automata, Automaton
 
 from dspark.common.grammar import Grammar
 from dspark.common.sampling_params import SamplingParams
 from dspark.engine.llm import LLM
+from dspark.speculation import reference
+from dspark.speculation.planner import parse_planner
+from dspark.speculation.round import Round
+from dspark.speculation.survival import survival
 
 LENGTH, SAMPLES = 3, 1500
 ANY = Grammar.regex("stands for the automaton")
@@ -73,6 +77,57 @@ def test_the_text_is_the_same_whoever_drafts_preempted_or_not(fields):
         assert [result.token_ids for result in results] == want, kind
         llm.core.check_integrity()
     assert sum(result.statistics.preemptions for result in results), "nobody was preempted: the test says less"
+
+
+def allowed(output):
+    """The automaton as the oracle asks it."""
+    text = Automaton(WORDS, output)
+    return None if text.complete else torch.from_numpy(text.allowed())
+
+
+@torch.no_grad()
+def logits(network, tokens):
+    return network(torch.tensor([list(tokens)])).logits[0, -1]
+
+
+def propose(committed, drafted):
+    row = logits(DRAFTING, [*committed, *drafted])
+    return row, float(row.softmax(-1).max())
+
+
+@pytest.mark.parametrize("planner", ["full", "fixed:2", "threshold:0.6"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"acceptance": "rejection"},
+        {"acceptance": "rejection", "temperature": 0.7, "top_p": 0.9},
+        {"acceptance": "rejection", "temperature": 1.2, "repetition_penalty": 1.3, "presence_penalty": 0.4},
+        {"acceptance": "coupled", "min_p": 0.1, "logit_bias": {1: 0.7, 3: 1.2}},
+        {"temperature": 0.0, "frequency_penalty": 0.3},
+    ],
+    ids=str,
+)
+def test_the_engine_with_a_grammar_equals_the_reference_loop(fields, planner):
+    """The same text and the same rounds, beside requests without a grammar; the engine's first round never drafts."""
+    planning = parse_planner(planner)
+    shared = {"max_tokens": 14, "logit_bias": {1: 1.0, 3: 2.0}} | fields  # so that texts come to their end
+    params = [SamplingParams(seed=seed, grammar=ANY if seed % 2 else None, **shared) for seed in range(12)]
+    prompts = [PROMPT, [2], [0, 1] * 4] * 4
+    results = guided("draft_model", planner).generate(prompts, params)
+    for prompt, own, result in zip(prompts, params, results, strict=True):
+        rounds = itertools.count()
+
+        def plan(confidence, limit, rounds=rounds):
+            if next(rounds) == 0 or not limit:
+                return 0
+            return planning.plan(Round([limit]), survival(torch.tensor([confidence])))[0]
+
+        grammar = {"allowed": allowed} if own.grammar else {}
+        arguments = (prompt, lambda tokens: logits(PLAIN, tokens), propose, plan, own)
+        assert result.token_ids == reference.generate(*arguments, slots=3, seed=own.seed, **grammar)
+        assert result.statistics.rounds == next(rounds) - 1
+    ended = [result.finish_reason for result, own in zip(results, params, strict=True) if own.grammar]
+    assert "stop" in ended and sum(result.statistics.accepted for result in results) > 5
 
 
 def test_a_step_without_grammars_pays_nothing(monkeypatch):

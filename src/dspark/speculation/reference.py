@@ -14,10 +14,14 @@ from dspark.common.rng import ACCEPT, COUPLED, DRAFT, RESIDUAL, exponential_nois
 from dspark.common.sampling_params import SamplingParams
 from dspark.ops.history import History
 from dspark.ops.sampling import Shaping, shape
+from dspark.speculation.grammar import CERTAIN
 
 Law = Callable[[Sequence[int]], Tensor]  # tokens so far -> logits of the next one, [V]
 Propose = Callable[[Sequence[int], Sequence[int]], tuple[Tensor, float]]  # committed, drafted -> logits [V], confidence
 Plan = Callable[[Sequence[float], int], int]  # confidences of the drafted tokens, limit -> how many to verify
+Allowed = Callable[[Sequence[int]], Tensor | None]  # output so far -> tokens that may follow, bool [V]; None at its end
+
+ANY = torch.tensor([True])  # every token, of whatever vocabulary
 
 
 def generate(
@@ -28,26 +32,33 @@ def generate(
     params: SamplingParams,
     slots: int,
     seed: int,
+    allowed: Allowed = lambda output: ANY,
 ) -> list[int]:
-    """The `params.max_tokens` tokens that any engine of this project writes after `prompt` with this noise."""
+    """The `params.max_tokens` tokens that any engine of this project writes after `prompt` with this noise.
+
+    Fewer where `allowed`, a grammar, ends the text: the target's law and the drafter's are then of allowed tokens.
+    """
     assert params.max_tokens is not None
     output: list[int] = []
     counter = 0
-    while len(output) < params.max_tokens:
+    while len(output) < params.max_tokens and allowed(output) is not None:
         limit = min(slots if propose else 0, params.max_tokens - len(output) - 1)
         drafted: list[int] = []
         laws: list[Tensor] = []
         confidence: list[float] = []
         for k in range(limit):
             assert propose is not None
+            may_V = allowed([*output, *drafted])
+            if may_V is None:
+                break
             logits_V, c = propose([*prompt, *output], drafted)
-            q_V = _law(logits_V, prompt, [*output, *drafted], params)
+            q_V = _law(_masked(logits_V, may_V, level=True), prompt, [*output, *drafted], params)
             drafted.append(_sample(q_V, params, seed, (DRAFT, counter, k), len(output) + k))
             laws.append(q_V)
-            confidence.append(c)
+            confidence.append(CERTAIN if len(may_V) > 1 and may_V.sum() == 1 else c)
         committed: list[int] = []
-        for k in range(plan(confidence, limit)):
-            p_V, x = _law(target([*prompt, *output, *committed]), prompt, [*output, *committed], params), drafted[k]
+        for k in range(plan(confidence, len(drafted))):
+            p_V, x = _target(target, allowed, prompt, [*output, *committed], params), drafted[k]
             if params.coupled:
                 choice = _sample(p_V, params, seed, (RESIDUAL, counter, 0), len(output) + k)
                 committed.append(choice)
@@ -61,11 +72,24 @@ def generate(
                 committed.append(_sample(law_V, params, seed, (RESIDUAL, counter, 0), len(output) + k))
                 break
         else:
-            p_V = _law(target([*prompt, *output, *committed]), prompt, [*output, *committed], params)
-            committed.append(_sample(p_V, params, seed, (RESIDUAL, counter, 0), len(output) + len(committed)))
+            if allowed([*output, *committed]) is not None:
+                p_V = _target(target, allowed, prompt, [*output, *committed], params)
+                committed.append(_sample(p_V, params, seed, (RESIDUAL, counter, 0), len(output) + len(committed)))
         output += committed
         counter += 1
     return output
+
+
+def _target(target: Law, allowed: Allowed, prompt: Sequence[int], output: Sequence[int], p: SamplingParams) -> Tensor:
+    may_V = allowed(output)
+    assert may_V is not None, "a text goes on past its end"
+    return _law(_masked(target([*prompt, *output]), may_V, level=False), prompt, output, p)
+
+
+def _masked(logits_V: Tensor, may_V: Tensor, *, level: bool) -> Tensor:
+    """Forbidden tokens at −inf; `level` makes the allowed ones equal where a drafter gave none of them any weight."""
+    own_V = logits_V.masked_fill(~may_V, -torch.inf)
+    return own_V.masked_fill(may_V, 0.0) if level and not own_V.isfinite().any() else own_V
 
 
 def _law(logits_V: Tensor, prompt: Sequence[int], output: Sequence[int], params: SamplingParams) -> Tensor:
