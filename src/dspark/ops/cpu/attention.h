@@ -137,15 +137,16 @@ void attend(const Scalar* q, const Scalar* k, const Scalar* v, const Scalar* poo
                           s.groups * size};
   };
   const Rows16<Scalar> key_rows = rows_of(pool_k, k, s.key_size), value_rows = rows_of(pool_v, v, s.value_size);
+  const auto prefetch = [&](const Rows16<Scalar>& lying, int64_t base, int64_t size) {
+    const Scalar* ahead[LANES];
+    const int64_t count = std::min(LANES, newest - base);
+    if (count > 0) lying.at(base, count, nullptr, ahead), fetch(ahead, count, size);
+  };
   const Scalar* found[LANES];
   for (int64_t base = from; base < newest; base += LANES) {
     const int64_t count = std::min(LANES, newest - base);
-    if (const int64_t next = base + 2 * LANES; next < newest) {
-      key_rows.at(next, std::min(LANES, newest - next), nullptr, found);
-      fetch(found, std::min(LANES, newest - next), s.key_size);
-    }
-    value_rows.at(base, count, nullptr, found);
-    fetch(found, count, s.value_size);
+    prefetch(key_rows, base + 2 * LANES, s.key_size);
+    prefetch(value_rows, base, s.value_size);
     key_rows.at(base, count, nullptr, found);
     const Kept* side[LANES];
     for (int64_t lane = 0; lane < LANES; ++lane) {
@@ -185,6 +186,7 @@ void attend(const Scalar* q, const Scalar* k, const Scalar* v, const Scalar* poo
   if (dv > s.value_size) std::fill(block, block + LANES * dv, 0.0f);
   for (int64_t base = from; base < newest; base += LANES) {
     const int64_t count = std::min(LANES, newest - base);
+    prefetch(value_rows, base + LANES, s.value_size);
     value_rows.at(base, count, nullptr, found);
     for (int64_t lane = 0; lane < count; ++lane) convert(found[lane], block + lane * dv, s.value_size);
     const float* weight = score + base - from;

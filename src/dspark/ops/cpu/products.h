@@ -27,7 +27,8 @@ void product(const typename Kind<Scalar>::Row* x, const Scalar* weight, int64_t 
   const int64_t tile = P::tile(K);
   const Scalar* ahead = weight + PREFETCH / sizeof(Scalar);
   const int64_t turn = K - PREFETCH / int64_t(LANES * sizeof(Scalar));  // from here on, the start of the next tiles
-  std::fill_n(sums, M * TILES * LANES, 0.0f);
+  constexpr bool whole = P::CHAIN > (int64_t(1) << 32);  // one sum over all inputs
+  if constexpr (!whole) std::fill_n(sums, M * TILES * LANES, 0.0f);
   for (int64_t begin = 0; begin < K; begin += P::CHAIN) {
     typename P::Sums acc[M][TILES] = {};
     for (int64_t k = begin; k < std::min(K, begin + P::CHAIN); k += P::STEP) {
@@ -48,7 +49,8 @@ void product(const typename Kind<Scalar>::Row* x, const Scalar* weight, int64_t 
 #pragma GCC unroll 8
       for (int t = 0; t < TILES; ++t) {
         float* to = sums + (m * TILES + t) * LANES;
-        put(to, load(to) + P::total(acc[m][t]));
+        if constexpr (whole) put(to, P::total(acc[m][t]));
+        else put(to, load(to) + P::total(acc[m][t]));
       }
   }
 }

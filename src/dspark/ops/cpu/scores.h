@@ -86,12 +86,12 @@ inline void score_rows(const typename Scoring<Kept>::Row* query, const Kept* col
   using P = Scoring<Kept>;
   typename P::Sums even[N] = {}, odd[N] = {};  // two sums, for one alone would wait for itself
   for (int64_t j = 0; j < size; j += 2 * P::STEP) {
-    const auto keys = P::weights(columns + j * LANES), more = P::weights(columns + (j + P::STEP) * LANES);
+    const auto keys = P::weights(columns + j * LANES);
 #pragma GCC unroll 8
-    for (int r = 0; r < N; ++r) {
-      P::multiply(even[r], keys, query + r * size + j);
-      P::multiply(odd[r], more, query + r * size + j + P::STEP);
-    }
+    for (int r = 0; r < N; ++r) P::multiply(even[r], keys, query + r * size + j);
+    const auto more = P::weights(columns + (j + P::STEP) * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < N; ++r) P::multiply(odd[r], more, query + r * size + j + P::STEP);
   }
   for (int r = 0; r < N; ++r) put(score + r * stride, P::total(even[r], odd[r]) * (scale[r] * common));
 }
