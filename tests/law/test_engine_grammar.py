@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from toy_grammar import WORDS, Automata, Automaton
 
 from dspark.common.grammar import Grammar
 from dspark.common.sampling_params import SamplingParams
+from dspark.drafters import dspark
 from dspark.engine.llm import LLM
-from dspark.speculation import reference
+from dspark.ops.cpu import load_kernels
+from dspark.speculation import reference, verify
 from dspark.speculation.planner import parse_planner
 from dspark.speculation.round import Round
 from dspark.speculation.survival import survival
@@ -62,6 +65,30 @@ def test_samples_follow_the_law(kind, rule):
     for result, made in zip(results, llm.core.intake.grammars.made, strict=True):
         assert made.states == Automaton(WORDS, result.token_ids).states, "a draft was not taken back"
         assert made.complete == (result.finish_reason == "stop")
+
+
+@pytest.mark.skipif(not load_kernels(), reason="no C++ compiler: the rounds of float32 run like those of float64")
+def test_samples_through_the_kernels_do_too(monkeypatch):
+    """float32 on a CPU, as users have it: every slot is masked, then drawn in a kernel; the round is judged in one."""
+    calls = Counter()
+
+    def count(module, name):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given: (calls.update([name]), kernel(*given))[1])
+
+    count(verify, "verdict")
+    count(dspark, "draft_chain")
+    target = target_of(5, torch.float32)
+    drafter = drafter_of("dspark", target)
+    drafter.pack()
+    llm = LLM(target, drafter, "full", seed=0)
+    llm.core.intake.grammars = Automata()
+    results = llm.generate(
+        [PROMPT] * SAMPLES, SamplingParams(max_tokens=LENGTH + 2, acceptance="rejection", grammar=ANY)
+    )
+    assert sum(result.statistics.accepted for result in results) > SAMPLES / 10
+    assert distance([tuple(result.token_ids[:LENGTH]) for result in results], exact_law()) < BOUND
+    assert calls["draft_chain"] > calls["verdict"] > 0
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,18 @@ class TokenSampler(Protocol):
         ...
 
 
+class Rules(Protocol):
+    """What may be drawn where requests have a grammar; slots in order, each asked for and then told."""
+
+    def draft_logits(self, logits_RV: Tensor, slot: int) -> Tensor:
+        """The logits of a slot with those of forbidden tokens at −inf."""
+        ...
+
+    def take(self, token_R: Tensor) -> None:
+        """The tokens drawn for it."""
+        ...
+
+
 @dataclass(frozen=True)
 class DraftContext:
     """What a drafter may look at: committed tokens and the pages that hold their context; never the future."""
@@ -36,7 +48,8 @@ class DraftContext:
     request_ids: Sequence[int]
     history: Sequence[Sequence[int]]  # committed token ids of each request, anchor last
     sampler: TokenSampler
-    tempered: Tempered | None = None  # how `sampler` draws, where temperature alone shapes every request's law
+    tempered: Tempered | None = None  # how `sampler` draws, where temperature and `rules` alone shape every law
+    rules: Rules | None = None  # which `sampler` keeps; a drafter that draws by itself has to
     wanted: bool = True  # whether anyone reads the confidences; a drafter may save what only they need
     going_on: GoingOn | None = None  # asked between two slots by drafters to which a slot is a forward of its own
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from dspark.drafters.base import Draft, DraftContext
+from dspark.drafters.base import Draft, DraftContext, Rules
 from dspark.drafters.body import Body
 from dspark.drafters.drawing import Drawing
 from dspark.drafters.heads import ConfidenceHead, VanillaMarkov
@@ -90,25 +90,49 @@ class DSpark(nn.Module):
 
     @torch.inference_mode()
     def propose(self, context: DraftContext) -> Draft:
-        if self._round is not None and context.tempered is not None:
+        tempered, rules, head = context.tempered, context.rules, self.confidence_head
+        if self._round is not None and tempered is not None and rules is None:
             pending, self._pending = self._pending, ()
-            return self._round(pending, context, context.tempered)
+            return self._round(pending, context, tempered)
         self._catch_up()
         hidden_RKD, base_RKV = self.body.draft(context)
-        head = self.confidence_head
-        if context.tempered is not None and head is not None and type(self.markov_head) is VanillaMarkov:
-            return self.chain(context.anchor_R, hidden_RKD, base_RKV, context.tempered, head)
-        return self.sequential(context, hidden_RKD, base_RKV)
+        if tempered is None or head is None or type(self.markov_head) is not VanillaMarkov:
+            return self.sequential(context, hidden_RKD, base_RKV)
+        if rules is not None and self.packed_w2 is None:  # whoever restricts a slot looks at unmasked base logits
+            return self.sequential(context, hidden_RKD, base_RKV)
+        return self.chain(context.anchor_R, hidden_RKD, base_RKV, tempered, head, rules)
 
     def chain(
-        self, anchor_R: Tensor, hidden_RKD: Tensor, base_RKV: Tensor, tempered: Tempered, head: ConfidenceHead
+        self,
+        anchor_R: Tensor,
+        hidden_RKD: Tensor,
+        base_RKV: Tensor,
+        tempered: Tempered,
+        head: ConfidenceHead,
+        rules: Rules | None = None,
     ) -> Draft:
-        """What `sequential` does, in one kernel, for a vanilla head and requests that sample by temperature alone."""
+        """What `sequential` does, by a kernel, for a vanilla head and requests that sample by temperature alone.
+
+        In one call, or with rules in one a slot: a base logit of −inf is a token that is not drawn.
+        """
         w1_Vr, w2_Vr = self.markov_head.markov_w1.weight, self.markov_head.markov_w2.weight
         seen_RK, seen_r = head.split(hidden_RKD)
-        token_RK, law_RKV, logit_RK = draft_chain(
-            base_RKV, w1_Vr, w2_Vr, anchor_R, tempered, self.markov_top_k, seen_RK, seen_r, self.packed_w2
-        )
+
+        def drawn(base_RKV: Tensor, previous_R: Tensor, slots: slice) -> tuple[Tensor, Tensor, Tensor]:
+            own = Tempered(tempered.temperature_R, tempered.uniform_RK[:, slots])
+            rest = (self.markov_top_k, seen_RK[:, slots], seen_r, self.packed_w2)
+            return draft_chain(base_RKV, w1_Vr, w2_Vr, previous_R, own, *rest)
+
+        if rules is None:
+            token_RK, law_RKV, logit_RK = drawn(base_RKV, anchor_R, slice(None))
+        else:
+            parts, token_R = [], anchor_R
+            for slot in range(base_RKV.shape[1]):
+                allowed_R1V = rules.draft_logits(base_RKV[:, slot], slot).unsqueeze(1)
+                parts.append(drawn(allowed_R1V, token_R, slice(slot, slot + 1)))
+                token_R = parts[-1][0][:, 0]
+                rules.take(token_R)
+            token_RK, law_RKV, logit_RK = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         return Draft(token_RK, law_RKV, torch.sigmoid(logit_RK), [token_RK.shape[1]] * len(anchor_R))
 
     def sequential(self, context: DraftContext, hidden_RKD: Tensor, base_RKV: Tensor) -> Draft:

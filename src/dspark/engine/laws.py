@@ -111,11 +111,8 @@ class Laws:
         logits_BV: Tensor,
         draft: Draft | None,
         plan: Sequence[int],
-        guide: Guide | None = None,
     ) -> Tensor:
         """The law of the next token at every row, [B, V]: what the text must follow."""
-        if guide is not None:
-            logits_BV = guide.target_logits(logits_BV, plan)
         shaping = self.group(requests).rows(tuple(1 + length for length in plan))
         history = self.history(requests)
         if history is not None:

@@ -222,6 +222,7 @@ class EngineCore:
             history=[request.tokens for request in drafting],
             sampler=sampler,
             tempered=sampler.tempered,
+            rules=guide,
             wanted=self.planning.reads_confidence
             or self.observer is not None
             or any(request.params.trace for request in drafting),
@@ -243,11 +244,12 @@ class EngineCore:
             return Verdict([], [], [])
         temperature_R = self.laws.group(schedule.sampled).shaping.temperature_R
         try:
-            if temperature_R is not None and not noise.coupled and guide is None and has_kernel(logits_BV):
-                return verify_tempered(draft, plan, logits_BV, temperature_R, noise)
-            law_BV = self.laws.target(schedule.sampled, logits_BV, draft, plan, guide)
             if guide is not None:
+                logits_BV = guide.target_logits(logits_BV, plan)
                 guide.rewind()
+            if temperature_R is not None and not noise.coupled and has_kernel(logits_BV):
+                return verify_tempered(draft, plan, logits_BV, temperature_R, noise)
+            law_BV = self.laws.target(schedule.sampled, logits_BV, draft, plan)
             return verify(draft, plan, law_BV, noise, sound(logits_BV))
         except NoNumbers as error:
             raise RequestsFailed([schedule.sampled[place].id for place in error.places], error) from error

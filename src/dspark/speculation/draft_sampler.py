@@ -27,9 +27,9 @@ class DraftSampler:
 
     @property
     def tempered(self) -> Tempered | None:
-        """Temperatures and numbers of every request, where nothing else shapes a law; None otherwise."""
+        """Temperatures and numbers of every request, where nothing else but its grammar shapes a law; else None."""
         temperature_R = self.shaping.temperature_R
-        if temperature_R is None or self.noise.coupled or self.guide is not None:
+        if temperature_R is None or self.noise.coupled:
             return None
         return Tempered(temperature_R, self.noise.draft_RK)
 

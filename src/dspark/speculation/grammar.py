@@ -8,6 +8,7 @@ R requests, C requests with a grammar, K draft slots, B target rows, V vocabular
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -156,10 +157,12 @@ def _masked(logits_BV: Tensor, masks: Mapping[int, Mask | None], *, level: bool)
     known = {row: mask for row, mask in masks.items() if mask is not None}
     if not known:
         return logits_BV
-    allowed_CV = torch.from_numpy(np.stack(list(known.values()))).to(logits_BV.device)
-    row_C = torch.tensor(list(known), device=logits_BV.device)
-    own_CV = logits_BV[row_C].masked_fill(~allowed_CV, -torch.inf)
-    if level:
-        hopeless_C1 = ~own_CV.isfinite().any(-1, keepdim=True)
+    masks_CV = [*known.values()]
+    allowed_CV = torch.from_numpy(masks_CV[0][None] if len(masks_CV) == 1 else np.stack(masks_CV))
+    allowed_CV = allowed_CV.to(logits_BV.device)
+    row_C = None if len(known) == logits_BV.shape[0] else torch.tensor([*known], device=logits_BV.device)
+    own_CV = torch.where(allowed_CV, logits_BV if row_C is None else logits_BV[row_C], -torch.inf)
+    if level and (own_CV.device.type != "cpu" or -math.inf in own_CV.amax(-1).tolist()):
+        hopeless_C1 = own_CV.amax(-1, keepdim=True) == -torch.inf
         own_CV = own_CV.masked_fill(hopeless_C1 & allowed_CV, 0.0)
-    return logits_BV.index_copy(0, row_C, own_CV)
+    return own_CV if row_C is None else logits_BV.index_copy(0, row_C, own_CV)

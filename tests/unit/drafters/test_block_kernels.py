@@ -1,8 +1,13 @@
 """A block drafter's forwards by the kernels are its modules' own."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
+from dspark.common.sampling_params import SamplingParams
+from dspark.drafters import dspark
 from dspark.drafters.backbone import Backbone
 from dspark.drafters.base import DraftContext
 from dspark.drafters.body import Body
@@ -14,6 +19,10 @@ from dspark.models.batch import Ragged
 from dspark.ops.chain import Tempered
 from dspark.ops.cpu import load_kernels
 from dspark.ops.linear import pack_linears
+from dspark.ops.sampling import Shaping
+from dspark.speculation.draft_sampler import DraftSampler
+from dspark.speculation.grammar import Guide
+from dspark.speculation.noise import RoundNoise
 
 pytestmark = pytest.mark.skipif(not load_kernels(), reason="no C++ compiler: everything runs eagerly")
 PAGE, DTYPES = 4, {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -108,6 +117,52 @@ def test_a_round_by_one_kernel_is_extend_block_and_chain(rank, temperature):
         assert torch.equal(got.token_RK, want.token_RK) and got.length_R == want.length_R
         torch.testing.assert_close(got.probability_RKV, want.probability_RKV, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(got.confidence_RK, want.confidence_RK, rtol=1e-4, atol=1e-6)
+
+
+class Steps:
+    """A grammar's matcher: behind a token of remainder m by 3 come those of remainder m + 1."""
+
+    trouble, complete = None, False
+
+    def __init__(self, first):
+        self.taken = [first]
+
+    def allowed(self):
+        return np.arange(90) % 3 == (self.taken[-1] + 1) % 3
+
+    def advance(self, token):
+        assert self.allowed()[token]
+        self.taken.append(token)
+
+    def rollback(self, tokens):
+        del self.taken[len(self.taken) - tokens :]
+
+
+@pytest.mark.parametrize("temperature", [(0.0, 0.0), (1.0, 0.7), (0.0, 1.0)], ids=str)
+@pytest.mark.parametrize("grammars", [(4, 8), (None, 8)], ids=["both", "one"])
+def test_a_block_with_grammars_is_drawn_by_the_kernel_slot_by_slot(temperature, grammars, monkeypatch):
+    """The same tokens, laws and confidences as through the sampler; a slot is masked before it is drawn."""
+    calls = []
+    chain = dspark.draft_chain
+    monkeypatch.setattr(dspark, "draft_chain", lambda *given: (calls.append(given), chain(*given))[1])
+    table_RP = torch.arange(1, 15, dtype=torch.int32).view(2, 7)
+    drafter = drafter_of(torch.float32, 16, native=True)
+    params = [SamplingParams(temperature=heat) for heat in temperature]
+    drafts = []
+    for kernel in (True, False):
+        guide = Guide([None if first is None else Steps(first) for first in grammars])
+        noise = RoundNoise.of([3, 4], [0, 0], [0, 0], [False, False], slots=5)
+        sampler = DraftSampler(Shaping.of(params), noise, None, guide)
+        context = DraftContext(torch.tensor([4, 8]), torch.tensor([0, 0]), table_RP, 5, [0, 1], [], sampler)
+        ways = {"tempered": sampler.tempered, "rules": guide} if kernel else {}
+        drafts.append(drafter.propose(replace(context, **ways)))
+        assert all(path.taken == 5 for path in guide.paths.values()), "a token was not taken"
+    one, two = drafts
+    assert len(calls) == 5 and torch.equal(one.token_RK, two.token_RK)
+    torch.testing.assert_close(one.probability_RKV, two.probability_RKV, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(one.confidence_RK, two.confidence_RK, rtol=1e-4, atol=1e-6)
+    free = drafter.propose(replace(context, sampler=None, tempered=sampler.tempered))
+    assert not torch.equal(free.token_RK[1], one.token_RK[1]), "the grammar forbade nothing: the test says less"
 
 
 def test_a_drafter_of_another_block_is_left_to_the_compiler():
