@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,13 @@ class RoundTrace:
     def kinds(self) -> list[str]:
         """Kinds of request there are rounds of."""
         return sorted(self.confidence)
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Conditional acceptance by slot over all kinds, as a calibration of these rounds would have it."""
+        accepted_N = np.concatenate([self.accepted[kind] for kind in self.kinds])
+        reached_K = [int((accepted_N >= k).sum()) for k in range(self.block + 1)]
+        return [passed / max(reached, 1) for reached, passed in itertools.pairwise(reached_K)]
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""

@@ -44,6 +44,12 @@ def test_a_closed_loop_commits_what_the_trace_accepts(trace, planner, tokens):
     assert found.budget == pytest.approx({"none": 1, "fixed:3": 4, "full": 4}[planner], abs=0.3)
 
 
+def test_a_trace_knows_the_acceptance_of_its_slots():
+    trace = RoundTrace.of(2, {"a": [((0.5, 0.5), 2), ((0.5, 0.5), 0)], "b": [((0.5, 0.5), 1), ((0.5, 0.5), 1)]})
+    assert trace.acceptance == [3 / 4, 1 / 3]
+    assert replica(trace, "joint").planning.planner.acceptance.conditional(2).tolist() == pytest.approx([3 / 4, 1 / 3])
+
+
 def test_pages_bound_what_runs_at_once():
     small = EngineConfig(pages=6, page_size=16, prefix_caching=False)
     many = replica(config=small)
