@@ -105,7 +105,7 @@ class Planning:
         schedule.limits = self.planner.slots(before)
         if not any(schedule.limits):
             self._round = before
-            self._rest = Rest.of(getattr(self.planner, "rest", 0), before)
+            self._rest = Rest.of(getattr(self.planner, "rest", 0), before, getattr(self.planner, "choice", None))
             return 0
         self._schedule, order = schedule, schedule.drafting_first()
         self._round = before.drafted(schedule.limits, schedule.limits, order)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dspark.engine.admission import Schedule
+from dspark.speculation.choice import Choice
 from dspark.speculation.round import Outcome, Round
 
 FIRST = 64  # times before a share of the time is kept to
@@ -20,23 +21,29 @@ class Rest:
     left: int = 0
     round: Round | None = None  # the last that the planner was asked about; None without a rest
     newest: int = -1  # the youngest request it has seen
+    choice: Choice | None = None  # what tells of younger ones
     steps: int = 0
     seconds: float = 0.0
     bare_steps: int = 0  # that took in no prompt
     bare_seconds: float = 0.0
 
     @staticmethod
-    def of(steps: int, round: Round) -> Rest:
-        """The next `steps` steps of requests like those of `round`."""
-        return Rest(steps, round, max(round.request_ids, default=-1)) if steps > 0 else Rest()
+    def of(steps: int, round: Round, choice: Choice | None = None) -> Rest:
+        """The next `steps` steps of requests like those of `round`, and of younger ones for whom `choice` has none."""
+        return Rest(steps, round, max(round.request_ids, default=-1), choice) if steps > 0 else Rest()
 
     def holds(self, schedule: Schedule) -> bool:
         """Whether this step, too, needs no question; counts it. Arrival is the order of `sampled`."""
         if self.left <= 0 or self.round is None or not schedule.sampled:
             return False
         sampled = schedule.sampled
-        if len(sampled).bit_length() != self.round.requests.bit_length() or sampled[-1].id > self.newest:
+        if len(sampled).bit_length() != self.round.requests.bit_length():
             return False
+        if sampled[-1].id > self.newest:
+            younger = [request for request in sampled if request.id > self.newest]
+            if self.choice is None or any(self.choice.slots_of(one.id, one.params) != 0 for one in younger):
+                return False
+            self.newest = sampled[-1].id
         self.left -= 1
         return True
 

@@ -59,6 +59,7 @@ class Joint(Priced):
         self._heard: list[tuple[Outcome, bool]] = []  # and whether it was a trial or a look
         self._followed: list[Followed] = []
         self._won = 0  # tokens of the requests under trial
+        self._took = 0.0  # s of the steps of the trial
         self._unseen = sys.maxsize  # steps since the last look
         self._patience = 1
         self._looking = False  # drafts of all slots are verified whole, their confidences read
@@ -143,6 +144,7 @@ class Joint(Priced):
         trial = bool(self.trials.running)
         if trial:
             ids = outcome.round.request_ids
+            self._took += outcome.seconds
             self._won += sum(n for i, n in zip(ids, outcome.accepted_R, strict=False) if i in self.trials.running)
         self._heard.append((outcome, trial or self._looking))  # neither is what was chosen as best
         self._step += outcome.rest_steps
@@ -237,7 +239,7 @@ class Joint(Priced):
             more -= self.prices.drafting(round, choice.width, drafting)
             more = more * self.guard.factor(round.requests, drafting=True) + decision / STEPS
         if self.trials.start(tried, more, expected):
-            self._won = 0
+            self._won, self._took = 0, 0.0
             choice.slots.update(dict.fromkeys(tried, width))
             self.trials.drafted(tried)
             return STEPS
@@ -246,7 +248,8 @@ class Joint(Priced):
     def _end_probe(self) -> None:
         """Learn from the steps since the last decision, and so end a trial or a look."""
         if self.trials.running:
-            self.trials.settle(self._won, self.choice.rate)
+            alone = not self.choice.width  # else the others' drafts are part of it
+            self.trials.settle(self._won, self.choice.rate, self._took - STEPS * self.choice.plain if alone else 0.0)
         self._learn()
         self._looking = False
 

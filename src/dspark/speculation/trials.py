@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-EXPLORE = 0.01  # share of the time
+EXPLORE = 0.006  # share of the time
 STEPS = 3  # of one trial on end: the first finds the caches full of other weights and a context to catch up with
 PATIENCE = 8  # how much rarer trials become at most, while none of them pays
 PAID = 1.0  # share of a trial's extra time that its tokens must win back to go on at once
@@ -52,9 +52,14 @@ class Trials:
         self.started += 1
         return True
 
-    def settle(self, tokens: int, rate: float) -> bool:
-        """A trial ended and brought so many tokens, whose time comes back; one that paid for itself cost nothing."""
+    def settle(self, tokens: int, rate: float, took: float = 0.0) -> bool:
+        """A trial ended and brought so many tokens, whose time comes back; one that paid for itself cost nothing.
+
+        It took `took` seconds more than steps without it; if it was priced at less, the rest is paid now.
+        """
         cost = STEPS * sum(self.running.values())
+        self.allowance -= max(took - cost, 0.0)
+        cost = max(cost, took)
         won = tokens / rate if rate else 0.0
         paid = won >= PAID * cost
         if paid:

@@ -9,8 +9,9 @@ import torch
 from dspark.common.sampling_params import SamplingParams
 from dspark.drafters.base import Draft
 from dspark.engine.admission import Schedule
-from dspark.engine.following import Following
+from dspark.engine.following import Following, round_of
 from dspark.engine.planning import Planning
+from dspark.engine.rest import Rest
 from dspark.speculation.choice import Choice
 from dspark.speculation.circles import circle_of
 from dspark.speculation.cost import StepCost
@@ -57,6 +58,17 @@ def test_the_report_is_the_steps_since_the_last():
     assert (found.finished.plan, found.finished.accepted) == ([3, 3], [2, 0])
     assert [outcome.seconds for outcome in found.last] == [0.5, 0.25] and all(o.unread for o in found.last)
     assert following.report() is None
+
+
+def test_a_rest_goes_on_with_younger_requests_that_do_not_draft():
+    round = round_of(schedule_of((1, GREEDY), (2, GREEDY)))
+    choice = Choice(size_of(2), slots={1: 0, 2: 0}, newcomers={circle_of(GREEDY): 0, circle_of(SAMPLED): 3})
+    rest = Rest.of(9, round, choice)
+    assert rest.holds(schedule_of((2, GREEDY), (3, GREEDY)))
+    assert not rest.holds(schedule_of((3, GREEDY), (4, SAMPLED)))  # one that drafts
+    choice.newcomers.pop(circle_of(SAMPLED))
+    assert not rest.holds(schedule_of((3, GREEDY), (5, SAMPLED)))  # one nobody knows
+    assert not Rest.of(9, round).holds(schedule_of((2, GREEDY), (3, GREEDY)))
 
 
 class Counted(Joint):

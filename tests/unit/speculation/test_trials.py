@@ -28,6 +28,14 @@ def test_the_time_of_its_tokens_comes_back_and_no_more():
         assert trials.allowance == before - STEPS + back and not trials.running
 
 
+def test_one_that_took_longer_than_its_price_is_paid_in_full():
+    trials = rich(9.0)
+    before = trials.allowance
+    trials.start([1], 1.0)
+    assert not trials.settle(STEPS, 1.0, took=STEPS + 2.0)
+    assert trials.allowance == before - (STEPS + 2.0) + STEPS
+
+
 def test_they_become_rarer_while_they_bring_little():
     trials, cost = rich(1e6), STEPS * 1.0
     for _ in range(9):
