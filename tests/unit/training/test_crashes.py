@@ -43,18 +43,23 @@ def whole(config, tmp_path_factory):
     return out
 
 
-def forked(work, *args):
-    def alone():
-        torch.set_num_threads(1)  # OpenMP's threads did not come along with the fork
-        work(*args)
+def alone(work, *args):
+    torch.set_num_threads(1)  # OpenMP's threads do not come along with a fork
+    work(*args)
 
-    process = multiprocessing.get_context("fork").Process(target=alone)
+
+def forked(work, *args):
+    """Of a fresh process: what the tests before this one have done to theirs must not come along."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dspark.training.loop"])
+    process = context.Process(target=alone, args=(work, *args))
     process.start()
     return process
 
 
-def run_until(config, out, owner, name, calls):
+def run_until(config, out, place):
     """Train, and die in the call after so many of `owner.name`, half way through what it does."""
+    owner, name, calls = PLACES[place]
     original, seen = getattr(owner, name), [0]
 
     def deadly(*args, **kwargs):
@@ -86,7 +91,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_killed_in_the_middle_of_a_write(place, config, whole, tmp_path):
-    process = forked(run_until, config, tmp_path, *PLACES[place])
+    process = forked(run_until, config, tmp_path, place)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     Trainer(config, tmp_path).run()
