@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from test_engine_law import BOUND, DRAFTING, PLAIN, PROMPT, distance, drafter_of, target_of
+from test_engine_law import BOUND, PLAIN, PROMPT, distance, drafter_of, logits, plan_of, propose, target_of
 from toy_grammar import WORDS, Automata, Automaton
 
 from dspark.common.grammar import Grammar
@@ -16,8 +16,6 @@ from dspark.engine.llm import LLM
 from dspark.ops.cpu import load_kernels
 from dspark.speculation import reference, verify
 from dspark.speculation.planner import parse_planner
-from dspark.speculation.round import Round
-from dspark.speculation.survival import survival
 
 LENGTH, SAMPLES = 3, 1500
 ANY = Grammar.regex("stands for the automaton")
@@ -112,16 +110,6 @@ def allowed(output):
     return None if text.complete else torch.from_numpy(text.allowed())
 
 
-@torch.no_grad()
-def logits(network, tokens):
-    return network(torch.tensor([list(tokens)])).logits[0, -1]
-
-
-def propose(committed, drafted):
-    row = logits(DRAFTING, [*committed, *drafted])
-    return row, float(row.softmax(-1).max())
-
-
 @pytest.mark.parametrize("planner", ["full", "fixed:2", "threshold:0.6"])
 @pytest.mark.parametrize(
     "fields",
@@ -143,14 +131,8 @@ def test_the_engine_with_a_grammar_equals_the_reference_loop(fields, planner):
     results = guided("draft_model", planner).generate(prompts, params)
     for prompt, own, result in zip(prompts, params, results, strict=True):
         rounds = itertools.count()
-
-        def plan(confidence, limit, rounds=rounds):
-            if next(rounds) == 0 or not limit:
-                return 0
-            return planning.plan(Round([limit]), survival(torch.tensor([confidence])))[0]
-
         grammar = {"allowed": allowed} if own.grammar else {}
-        arguments = (prompt, lambda tokens: logits(PLAIN, tokens), propose, plan, own)
+        arguments = (prompt, lambda tokens: logits(PLAIN, tokens), propose, plan_of(planning, rounds), own)
         assert result.token_ids == reference.generate(*arguments, slots=3, seed=own.seed, **grammar)
         assert result.statistics.rounds == next(rounds) - 1
     ended = [result.finish_reason for result, own in zip(results, params, strict=True) if own.grammar]

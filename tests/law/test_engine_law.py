@@ -62,6 +62,30 @@ def model(seed, attention="sdpa"):
 PLAIN, DRAFTING = model(5), model(6)
 
 
+# What the reference loop asks, with the same networks and planner as the engine's.
+
+
+@torch.no_grad()
+def logits(network, tokens):
+    return network(torch.tensor([list(tokens)])).logits[0, -1]
+
+
+def propose(committed, drafted):
+    row = logits(DRAFTING, [*committed, *drafted])
+    return row, float(row.softmax(-1).max())
+
+
+def plan_of(planning, rounds):
+    """By the planner, but for the first of `rounds`: the engine's first never drafts."""
+
+    def plan(confidence, limit):
+        if next(rounds) == 0 or not limit:
+            return 0
+        return planning.plan(Round([limit]), survival(torch.tensor([confidence])))[0]
+
+    return plan
+
+
 def target_of(seed, dtype=torch.float64):
     return Target(model(seed, ATTENTION).to(dtype).requires_grad_(False))
 
@@ -284,23 +308,8 @@ def test_the_engine_equals_the_reference_loop(fields, planner):
     llm = LLM(target, drafter_of("draft_model", target), planner, max_step_tokens=40)
     each = [SamplingParams(max_tokens=14, seed=10 + i, **fields) for i in range(3)]
     prompts = [PROMPT, [2], [0, 1] * 4]
-
-    @torch.no_grad()
-    def logits(network, tokens):
-        return network(torch.tensor([list(tokens)])).logits[0, -1]
-
-    def propose(committed, drafted):
-        row = logits(DRAFTING, [*committed, *drafted])
-        return row, float(row.softmax(-1).max())
-
     for prompt, params, result in zip(prompts, each, llm.generate(prompts, each), strict=True):
-        rounds = itertools.count()
-
-        def plan(confidence, limit, rounds=rounds):
-            if next(rounds) == 0 or not limit:
-                return 0
-            return planning.plan(Round([limit]), survival(torch.tensor([confidence])))[0]
-
+        plan = plan_of(planning, itertools.count())
         wanted = reference.generate(
             prompt, lambda tokens: logits(PLAIN, tokens), propose, plan, params, slots=3, seed=params.seed
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dspark.ops.calibrated import sigmoid
-from dspark.speculation.circles import NOBODYS, Circle, Kind, circle_of
+from dspark.speculation.circles import NOBODYS, Circle, Kind, circles_of, names_of
 from dspark.speculation.finished import Finished
 from dspark.speculation.odds import Odds
 from dspark.speculation.round import Array, Round
@@ -67,9 +67,9 @@ class Acceptance:
 
     def survival(self, round: Round, slots: int) -> Array:
         """What each request's slots are expected to survive, [R, K]."""
-        circles = [circle_of(params) for params in round.params_R] or [NOBODYS] * round.requests
+        circles = circles_of(round)
         mean = {circle: self.conditional(slots, circle) for circle in dict.fromkeys(circles)}
-        factor_R = self.factors(round.request_ids or range(-round.requests, 0))
+        factor_R = self.factors(names_of(round))
         return _survival(np.array([mean[circle] for circle in circles]), factor_R[:, None])
 
     def newcomers(self, circle: Circle, slots: int) -> Array:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dspark.common.sampling_params import SamplingParams
 from dspark.speculation.calibration import law_of
+from dspark.speculation.round import Round
 
 STEPS = 4  # temperatures to one degree that are told apart
 HOTTEST = 2.0  # those above are taken for this one
@@ -38,3 +40,13 @@ def _circle(law: str, temperature: float, group: str) -> Circle:
 
 
 NOBODYS = circle_of(SamplingParams())  # of rounds whose requests' parameters are unknown
+
+
+def circles_of(round: Round) -> list[Circle]:
+    """The circle of each of a round's requests, [R]."""
+    return [circle_of(params) for params in round.params_R] or [NOBODYS] * round.requests
+
+
+def names_of(round: Round) -> Sequence[int]:
+    """The id of each of a round's requests, [R]; where none is known, one that no request has."""
+    return round.request_ids or range(-round.requests, 0)

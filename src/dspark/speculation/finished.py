@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspark.speculation.circles import NOBODYS, Circle, circle_of
+from dspark.speculation.circles import Circle, circles_of, names_of
 from dspark.speculation.round import Array, Outcome
 
 HEARD = 256, 4  # requests' rounds that are learnt from at once, in at least so many steps
@@ -51,9 +51,8 @@ class Finished:
         round = outcome.round
         if outcome.survival_RK is not None:
             self.survivals.append((len(self), outcome.survival_RK))
-        circles = [circle_of(params) for params in round.params_R] or [NOBODYS] * round.requests
-        self.request += round.request_ids or range(-round.requests, 0)
-        self.circle += circles
+        self.request += names_of(round)
+        self.circle += circles_of(round)
         self.limit += round.limit_R
         self.plan += outcome.plan
         self.accepted += outcome.accepted_R
