@@ -10,8 +10,10 @@ from dspark.cli.main import main
 from dspark.common.errors import UserError
 from dspark.common.sampling_params import SamplingParams
 from dspark.engine.build import build_engine
+from dspark.engine.measuring import glance
 from dspark.engine.pricing import plan_with
 from dspark.engine.profile import Profile, cached_profile, ensure_profile, identity, keep, measure
+from dspark.speculation.cost import StepTime
 
 SECONDS = 0.3
 ROOM = {"max_running": 4, "pages": 800}
@@ -35,10 +37,11 @@ def test_a_profile_knows_rows_requests_and_drafts(measured):
     assert measured.steps >= 12
 
 
-def test_the_engine_is_left_as_it_was():
+@pytest.mark.parametrize("look", [lambda core: measure(core, seconds=0.05), glance])
+def test_the_engine_is_left_as_it_was(look):
     core, untouched = engine("dspark", "fixed:2", max_running=4), engine("dspark", "fixed:2", max_running=4)
     planner = core.planner
-    measure(core, seconds=0.05)
+    look(core)
     core.check_integrity()
     assert core.idle and core.planner is planner and core.meter is None
     assert core.timings.steps == 0 and core.statistics.rounds == 0
@@ -57,9 +60,10 @@ def test_any_drafter_is_measured(kind):
 def test_a_busy_engine_is_not_measured():
     core = engine()
     core.add([1, 2, 3], SamplingParams(max_tokens=2))
-    with pytest.raises(UserError, match="has 1 requests"):
-        measure(core)
-    drain(core)
+    for look in (measure, glance):
+        with pytest.raises(UserError, match="has 1 requests"):
+            look(core)
+    assert drain(core)
 
 
 def test_kept_profiles_are_found_again_and_damaged_ones_are_none(measured, cache):
@@ -71,6 +75,44 @@ def test_kept_profiles_are_found_again_and_damaged_ones_are_none(measured, cache
     path.write_text("{")
     assert cached_profile(core) is None
     assert ensure_profile(core, seconds=0.05).cost == cached_profile(core).cost
+
+
+def dearer(profile, *, draft=1.0, target=1.0):
+    """A profile whose every draft, and every forward, costs so many times as much."""
+    cost = profile.cost
+    drafts = tuple(tuple(seconds * draft for seconds in row) for row in cost.draft_seconds)
+    forwards = tuple(seconds * target for seconds in cost.seconds)
+    return replace(profile, cost=replace(cost, draft_seconds=drafts, seconds=forwards))
+
+
+@pytest.mark.parametrize("kind", ["dspark", "ngram", "none"])
+def test_a_glance_is_one_step_of_each_end(kind):
+    core = engine(kind, **ROOM)
+    block = core.drafter.block_size
+    assert {(step.rows, step.slots, step.prefill) for step in glance(core)} == {(1, 0, 0), (1 + block, block, 0)}
+
+
+@pytest.mark.parametrize("wrong", [{"draft": 10.0}, {"draft": 0.1}, {"target": 10.0}])
+def test_a_kept_profile_of_a_busy_machine_is_measured_anew(measured, cache, wrong):
+    core = engine("dspark", **ROOM)
+    bad = dearer(measured, **wrong)
+    keep(bad)
+    found = ensure_profile(core, seconds=0.05)
+    assert found.cost == cached_profile(core).cost != bad.cost
+    core.add([1, 2, 3], SamplingParams(max_tokens=2))
+    keep(bad)
+    assert ensure_profile(core).cost == bad.cost, "a busy engine cannot look"
+    assert drain(core)
+
+
+def test_a_profile_holds_what_took_about_as_long_as_it_says(measured):
+    cost = measured.cost
+    step = StepTime(rows=6, requests=1, context=40, prefill=0, drafting=1, slots=5, draft_seconds=0.0, seconds=0.0)
+    target, draft = cost.of_step(step)
+    for target_off, draft_off, holds in ((1.4, 0.7, True), (1.6, 1.0, False), (1.0, 1.6, False), (0.6, 1.0, False)):
+        took = replace(step, draft_seconds=draft * draft_off, seconds=target * target_off + draft * draft_off)
+        assert measured.holds([took]) == holds
+    assert measured.holds([])
 
 
 def test_what_differs_is_said(measured, tmp_path):

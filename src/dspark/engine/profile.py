@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from dspark.common.errors import UserError
 from dspark.common.files import replacing_file
 from dspark.common.provenance import device_name, provenance
-from dspark.common.sampling_params import SamplingParams
-from dspark.drafters.base import Draft, DraftContext
-from dspark.engine.runner import Timings
+from dspark.engine.measuring import glance, sweep
 from dspark.engine.step import EngineCore
 from dspark.ops.cpu import cache_directory, machine_key
 from dspark.speculation.cost import StepCost, StepTime
 from dspark.speculation.cost_fit import fit_cost
-from dspark.speculation.round import Array, Outcome, Round
-from dspark.speculation.statistics import SpeculationStatistics
 
 FORMAT = 1
 SECONDS = 10.0  # spent on measuring, about
-PASSES = 2  # over every kind of step, if the seconds allow
-STRETCH = 3  # steps of one kind on end that are measured
-PROMPT = 32  # tokens of each request whose steps are measured
-LONG_PROMPT = 512  # ... of the few whose context is to show
-LONG_REQUESTS = 4
+OFF = 1.5  # times what a kept profile says, or a share of it: it was measured on a machine in another state
 
 
 @dataclass(frozen=True)
@@ -55,6 +42,16 @@ class Profile:
                 raise UserError(
                     f"{source} was measured with {name} {got}, here it is {here}; measure this one with dspark profile"
                 )
+
+    def holds(self, steps: Iterable[StepTime]) -> bool:
+        """Whether these steps, and their drafts, took about what it says."""
+        for step in steps:
+            target, draft = self.cost.of_step(step)
+            # a draft that is free has no price; what it takes is then part of the step
+            took = (step.seconds - step.draft_seconds, step.draft_seconds) if draft else (step.seconds, 0.0)
+            if not 1 / OFF < took[0] / target < OFF or (draft and not 1 / OFF < took[1] / draft < OFF):
+                return False
+        return True
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
@@ -116,9 +113,13 @@ def keep(profile: Profile) -> Path:
 
 
 def ensure_profile(core: EngineCore, *, seconds: float = SECONDS) -> Profile:
-    """The kept profile of this engine, else one measured now, which is then kept. The engine must be idle."""
+    """The kept profile of this engine, else one measured now, which is then kept; for that the engine must be idle.
+
+    One measured while the machine was busy would mislead every later engine, so a kept one is first held against a few
+    steps of today.
+    """
     found = cached_profile(core)
-    if found is None:
+    if found is None or (core.idle and not found.holds(glance(core))):
         found = measure(core, seconds=seconds)
         keep(found)
     return found
@@ -129,132 +130,9 @@ def measure(core: EngineCore, *, seconds: float = SECONDS, tick: Callable[[float
 
     `tick` gets the seconds spent so far. Raises UserError for an engine that has requests.
     """
-    if not core.idle:
-        raise UserError(f"the engine has {len(core.requests)} requests; measure a profile before it serves")
     started = time.perf_counter()
-    steps: list[StepTime] = []
-    script = _Script()
-    with _measuring(core, script, steps.append):
-        _Bench(core, script, started + seconds, lambda: tick and tick(time.perf_counter() - started)).run()
+    steps = sweep(core, seconds, tick)
     return Profile(fit_cost(steps), identity(core), time.perf_counter() - started, len(steps))
-
-
-class _Script:
-    """A planner that does as it is told."""
-
-    def __init__(self) -> None:
-        self.draft = 0
-        self.verify = 0
-
-    def slots(self, round: Round) -> list[int]:
-        return [min(self.draft, limit) for limit in round.limit_R]
-
-    def plan(self, round: Round, survival_RK: Array | None) -> list[int]:
-        return [min(self.verify, limit) for limit in round.limit_R]
-
-    def observe(self, outcome: Outcome) -> None:
-        pass
-
-
-@contextmanager
-def _measuring(core: EngineCore, script: _Script, meter: Callable[[StepTime], None]) -> Iterator[None]:
-    """The engine with a scripted planner and a meter; everything it counted, cached and held is put back after."""
-    runner = core.runner
-    planner, kept, observer, statistics = core.planning.planner, core.meter, core.observer, core.statistics
-    timings, clock, propose = runner.timings, runner.clock, runner.propose
-
-    def whole(context: DraftContext) -> Draft:
-        """A drafter that found too little, as n-gram lookup may, is taken to have found everything."""
-        draft = propose(context)
-        return replace(draft, length_R=[context.slots] * len(draft.token_RK))
-
-    def finished() -> float:
-        torch.cuda.synchronize(core.target.device)
-        return clock()
-
-    core.planning.planner, core.meter, core.observer, core.statistics = script, meter, None, SpeculationStatistics()
-    runner.timings, runner.propose = Timings(), whole  # type: ignore[method-assign]
-    metering, core.metering = core.metering, math.inf  # every step counts here
-    calibration, core.planning.calibration = core.planning.calibration, None  # random prompts would teach it nonsense
-    if core.target.device.type == "cuda":
-        runner.clock = finished
-    try:
-        yield
-    finally:
-        for request in list(core.requests):
-            core.cancel(request)
-        core.forget_prefixes()
-        core.metering, core.planning.calibration = metering, calibration
-        core.planning.planner, core.meter, core.observer, core.statistics = planner, kept, observer, statistics
-        runner.timings, runner.clock, runner.propose = timings, clock, propose  # type: ignore[method-assign]
-
-
-class _Bench:
-    """Adds requests, a power of two at a time, and steps them through every length of draft and plan."""
-
-    def __init__(self, core: EngineCore, script: _Script, deadline: float, tick: Callable[[], object]):
-        self.core, self.script, self.deadline, self.tick = core, script, deadline, tick
-        self.random = np.random.default_rng(0)
-        self.block = core.admission.block_size
-        # a context that leaves every request room for the steps it will be measured in
-        room = core.intake.context_limit - self.reach
-        self.prompt = max(1, min(PROMPT, room))
-        self.long_prompt = max(1, min(LONG_PROMPT, room))
-
-    @property
-    def reach(self) -> int:
-        """Tokens that one request may grow by while it is measured."""
-        return (1 + STRETCH) * PASSES * len(self.lengths(1)) * (self.block + 1)
-
-    def lengths(self, requests: int) -> list[int]:
-        """The lengths that are drafted and verified with so many requests."""
-        if requests <= 2:
-            return list(range(self.block + 1))
-        return sorted({0, 1, 2, 3, 5, self.block} & set(range(self.block + 1)))
-
-    def run(self) -> None:
-        """Measure: few requests first, so that a slow machine has measured those when its time is up."""
-        config = self.core.config
-        capacity = self.core.intake.capacity
-        each = -(-(self.prompt + self.reach) // config.page_size)
-        most = max(1, min(config.max_running, capacity // each, config.max_step_tokens))
-        counts = [2**i for i in range(most.bit_length()) if 2**i <= most]
-        share = (self.deadline - time.perf_counter()) / (len(counts) + 1)
-        for number, requests in enumerate(counts):
-            if number > 1 and time.perf_counter() > self.deadline:
-                return
-            self.sweep(requests, self.prompt, time.perf_counter() + share)
-        long = min(LONG_REQUESTS, capacity // -(-(self.long_prompt + self.reach) // config.page_size))
-        if long >= 1 and self.long_prompt > 2 * self.prompt and time.perf_counter() < self.deadline:
-            self.sweep(long, self.long_prompt, min(self.deadline, time.perf_counter() + share))
-
-    def sweep(self, requests: int, prompt: int, until: float) -> None:
-        """Every length for a few steps on end, in passes.
-
-        A step that follows one of its own kind finds its own weights in the caches, as it will when serving; the
-        first of each stretch follows another kind, and is not counted.
-        """
-        core, script = self.core, self.script
-        params = SamplingParams(max_tokens=None, temperature=0.0, seed=0, acceptance="rejection", ignore_eos=True)
-        for _ in range(requests):
-            core.add(self.random.integers(core.target.vocab_size, size=prompt).tolist(), params)
-        script.draft = script.verify = 0
-        while core.admission.waiting or not all(request.decoding for request in core.admission.running):
-            core.step()
-            self.tick()
-        meter = core.meter
-        for _ in range(PASSES):
-            for length in self.lengths(requests):
-                script.draft = script.verify = length
-                for number in range(1 + STRETCH):
-                    core.meter = meter if number else None
-                    core.step()
-            core.meter = meter
-            self.tick()
-            if time.perf_counter() > until:
-                break
-        for request in list(core.requests):
-            core.cancel(request)
 
 
 def _shapes(model: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,8 @@ LEAST_RATE = 0.05  # of the whole price; one that was right before is forgotten 
 KNOT_RATE = 0.05  # of one row count's own part
 SHRINK = 0.005  # of a row count's own part towards none
 CLIP = 3.0  # a step off by more than this many times the usual error is an interruption, and moves the price no further
+AGREEING = 8  # ... but that many on end, off to the same side, are a price that is wrong
+BELIEVED = 0.5  # share of what they agree on by which the price then moves at once
 
 
 class _Correction:
@@ -33,6 +36,7 @@ class _Correction:
         self.seen = [0.0] * len(knots)  # weights of the observations, for exploring
         self.usual = 0.05  # running mean of the size of the error
         self.count = 0
+        self.newest: deque[float] = deque(maxlen=AGREEING)  # errors
 
     def observe(self, at: float, seconds: float, price: float) -> None:
         """Take one measured step whose uncorrected price is `price`."""
@@ -40,8 +44,10 @@ class _Correction:
         share = min(share, 1.0)
         touched = ((i, 1.0 - share), (min(i + 1, len(self.knots) - 1), share))
         error = math.log(seconds / price) - self.whole - sum(self.own[knot] * weight for knot, weight in touched)
-        step = min(max(error, -CLIP * self.usual), CLIP * self.usual)
         self.count += 1
+        if self._wrong_by(error):
+            return
+        step = min(max(error, -CLIP * self.usual), CLIP * self.usual)
         # the unclipped error has a say, or a machine that has become twice as slow would be an interruption for ever
         self.usual += 0.05 * (min(abs(error), 2 * CLIP * self.usual) - self.usual)
         self.usual = max(self.usual, 0.005)
@@ -50,6 +56,17 @@ class _Correction:
             own = self.own[knot] + KNOT_RATE * weight * step
             self.own[knot] = own * (1.0 - SHRINK * weight)
             self.seen[knot] += weight
+
+    def _wrong_by(self, error: float) -> bool:
+        """Whether this and the errors before it agree that the price is far off; then it has moved."""
+        self.newest.append(error)
+        low, high = min(self.newest), max(self.newest)
+        agreed = low if low > 0 else min(high, 0.0)
+        if len(self.newest) < AGREEING or abs(agreed) <= CLIP * self.usual:
+            return False
+        self.whole += BELIEVED * agreed
+        self.newest.clear()
+        return True
 
     def factors(self) -> list[float]:
         """What to multiply the value of each knot by."""
@@ -71,9 +88,10 @@ class LiveCost:
         self._asked = 0
 
     def observe(self, step: StepTime) -> None:
-        """Learn from one step; later from every fourth, for a step of a small model is short."""
+        """Learn from one step; later from every fourth, for a step of a small model is short, but from rare drafts."""
         self._steps += 1
-        if self._observed > REFRESH[1] and self._steps % SKIP:
+        rare = step.drafting and self._draft is not None and self._draft.count < REFRESH[1]
+        if self._observed > REFRESH[1] and self._steps % SKIP and not rare:
             return
         if not step.requests or step.seconds <= step.draft_seconds:
             return

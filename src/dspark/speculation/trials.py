@@ -9,6 +9,7 @@ STEPS = 3  # of one trial on end: the first finds the caches full of other weigh
 PATIENCE = 8  # how much rarer trials become at most, while none of them pays
 PAID = 1.0  # share of a trial's extra time that its tokens must win back to go on at once
 HALF = 0.5  # ... or there will be fewer
+CHEAPER = 0.25  # share of its price that a trial costs at least, however little time it seems to have taken
 REMEMBERED = 4096
 LONGEST = 2048  # steps without one
 
@@ -22,12 +23,17 @@ class Trials:
         self.started = 0
         self.running: dict[int, float] = {}  # by request under trial, seconds that its draft is to cost beyond others'
         self._clock = 0
+        self._refused = 0.0  # s that the trial refused last would have lost
         self._last: dict[int, int] = {}  # when a request last drafted
 
     def earn(self, seconds: float, step: float) -> None:
-        """Time has passed; what is not spent does not pile up beyond some steps of `step` seconds."""
+        """Time has passed; what is not spent does not pile up beyond some steps of `step` seconds, or one trial.
+
+        However dear a trial seems, it is saved for: else a price that is far too high would never be found out.
+        """
         self._clock += 1
-        self.allowance = min(self.allowance + EXPLORE / self.patience * seconds, 4 * STEPS * step)
+        most = max(4 * STEPS * step, self._refused)
+        self.allowance = min(self.allowance + EXPLORE / self.patience * seconds, most)
 
     def drafted(self, requests: Sequence[int]) -> None:
         """These drafted now, so that others are tried first."""
@@ -46,20 +52,23 @@ class Trials:
         What matters is what the trial is expected to lose: its tokens are worth `expected` seconds a step.
         """
         if STEPS * (seconds - expected) > self.allowance:
+            self._refused = STEPS * (seconds - expected)
             return False
+        self._refused = 0.0
         self.allowance -= STEPS * seconds
         self.running = {request: seconds / max(len(requests), 1) for request in requests}
         self.started += 1
         return True
 
-    def settle(self, tokens: int, rate: float, took: float = 0.0) -> bool:
+    def settle(self, tokens: int, rate: float, took: float | None = None) -> bool:
         """A trial ended and brought so many tokens, whose time comes back; one that paid for itself cost nothing.
 
-        It took `took` seconds more than steps without it; if it was priced at less, the rest is paid now.
+        It took `took` seconds more than steps without it, None where that is not known: this is what it costs, more
+        than its price or less.
         """
-        cost = STEPS * sum(self.running.values())
-        self.allowance -= max(took - cost, 0.0)
-        cost = max(cost, took)
+        price = STEPS * sum(self.running.values())
+        cost = price if took is None else max(took, CHEAPER * price)
+        self.allowance -= cost - price
         won = tokens / rate if rate else 0.0
         paid = won >= PAID * cost
         if paid:

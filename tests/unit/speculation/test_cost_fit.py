@@ -1,11 +1,13 @@
 """Fitting a price to steps whose true price is known, with noise and interruptions; keeping it true while it moves."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from dspark.speculation.cost import StepCost, StepTime
 from dspark.speculation.cost_fit import fit_cost, never_falling, recalibrated
-from dspark.speculation.live_cost import EXPLORE_EVERY, LiveCost
+from dspark.speculation.live_cost import AGREEING, EXPLORE_EVERY, LiveCost
 
 TRUE = StepCost(
     rows=(1, 8, 64, 512),
@@ -96,6 +98,29 @@ def test_one_row_count_that_was_measured_wrong_is_put_right():
     drive(live, TRUE, 2000)
     assert float(live.cost.target(64)) == pytest.approx(float(TRUE.target(64)), rel=0.08)
     assert float(live.cost.target(8)) == pytest.approx(float(TRUE.target(8)), rel=0.08)
+
+
+def dearer_drafts(factor):
+    return replace(TRUE, draft_seconds=tuple(tuple(s * factor for s in row) for row in TRUE.draft_seconds))
+
+
+@pytest.mark.parametrize("factor", [8.0, 0.125])
+def test_drafts_measured_on_a_busy_machine_are_put_right_by_the_few_there_are(factor):
+    live = LiveCost(dearer_drafts(factor))
+    random = np.random.default_rng(2)
+    for number in range(2000):
+        slots = 7 if number % 50 < 3 else 0
+        live.observe(step(1 + slots, 1, 50, slots=slots, noise=random.normal(1, 0.05)))
+    assert float(live.cost.draft(1, 7)) == pytest.approx(float(TRUE.draft(1, 7)), rel=0.2)
+    assert float(live.cost.target(1)) == pytest.approx(float(TRUE.target(1)), rel=0.1)
+
+
+def test_a_few_interruptions_on_end_move_no_price():
+    live = LiveCost(TRUE)
+    for number in range(4000):
+        noise = 10.0 if number % 400 < 4 * (AGREEING - 2) else 1.0 + 0.05 * (-1) ** number
+        live.observe(step(8, 1, 50, slots=7, noise=noise))
+    assert float(live.cost.target(8)) == pytest.approx(float(TRUE.target(8)), rel=0.1)
 
 
 def test_exploring_is_rare_and_near():

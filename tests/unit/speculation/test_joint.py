@@ -1,5 +1,7 @@
 """The joint planner: drafts where it pays and nowhere else, finds requests that turn, keeps promises and priorities."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,9 +10,10 @@ from hypothesis import strategies as st
 from dspark.common.sampling_params import SamplingParams
 from dspark.ops.walk import walk
 from dspark.speculation.acceptance import Acceptance
-from dspark.speculation.cost import StepCost
+from dspark.speculation.cost import StepCost, StepTime
 from dspark.speculation.finished import Finished
 from dspark.speculation.joint import Joint
+from dspark.speculation.live_cost import LiveCost
 from dspark.speculation.prices import Prices
 from dspark.speculation.round import Outcome, Round
 
@@ -69,6 +72,24 @@ def test_a_hopeless_drafter_is_off_after_few_rounds_and_tried_rarely():
     assert rate(log[:20]) > 0.6
     assert rate(log[20:]) > 0.98 * fixed_rate(0, 0.0)
     assert any(any(entry[3]) for entry in log[20:])
+
+
+def test_a_draft_that_is_priced_far_too_high_is_tried_and_its_price_put_right():
+    wrong = replace(COST, draft_seconds=tuple(tuple(s * 8 for s in row) for row in COST.draft_seconds))
+    live = LiveCost(wrong)
+    planner, random = Joint(Prices(live)), np.random.default_rng(0)
+    drafted = []
+    for _ in range(6000):
+        round = Round([SLOTS], (), [0], [64], [SamplingParams()])
+        (slots,) = planner.slots(round)
+        plan = planner.plan(round.drafted([slots], [slots]), np.full((1, slots), 0.9).cumprod(1) if slots else None)
+        draft = float(COST.draft(1, slots))
+        took = float(COST.target(1 + plan[0])) + draft
+        accepted = int(np.cumprod(random.random(plan[0]) < 0.9).sum())
+        live.observe(StepTime(1 + plan[0], 1, 64, 0, slots > 0, slots, draft, took, accepted + 1))
+        planner.observe(Outcome(round.drafted([slots], [slots]), plan, [accepted], took, None))
+        drafted.append(slots > 0)
+    assert not any(drafted[:100]) and np.mean(drafted[-500:]) > 0.9
 
 
 def test_only_the_requests_that_are_guessed_right_draft():
