@@ -33,6 +33,25 @@ def texts(core, params, *, together):
     return list(written.values())
 
 
+def test_nobody_else_changes_a_seeded_text(engines):
+    """Beside requests whose laws are made otherwise: those go their own way through the round."""
+    own = SamplingParams(max_tokens=COUNT, ignore_eos=True, temperature=0.8, seed=5)
+    others = [
+        SamplingParams(max_tokens=COUNT, ignore_eos=True, seed=7, top_p=0.8),
+        SamplingParams(max_tokens=COUNT, ignore_eos=True, temperature=1.0, frequency_penalty=0.4),
+        SamplingParams(max_tokens=COUNT, ignore_eos=True, temperature=1.0, acceptance="rejection"),
+    ]
+    for core in engines:
+        wanted = texts(core, own, together=False)[0]
+        ids = [core.add(PROMPTS[0], params) for params in [*others[:2], own, others[2]]]
+        written = {id: [] for id in ids}
+        while not core.idle:
+            for commit in core.step():
+                written[commit.request_id] += commit.token_ids
+        assert written[ids[2]] == wanted and all(len(text) == COUNT for text in written.values())
+        assert written[ids[0]] == texts(core, others[0], together=False)[0]
+
+
 @pytest.mark.parametrize(
     "sampling",
     [

@@ -92,7 +92,7 @@ def test_a_glance_is_one_step_of_each_end(kind):
     assert {(step.rows, step.slots, step.prefill) for step in glance(core)} == {(1, 0, 0), (1 + block, block, 0)}
 
 
-@pytest.mark.parametrize("wrong", [{"draft": 10.0}, {"draft": 0.1}, {"target": 10.0}])
+@pytest.mark.parametrize("wrong", [{"draft": 10.0}, {"draft": 0.1}, {"target": 10.0}, {"target": 10.0, "draft": 10.0}])
 def test_a_kept_profile_of_a_busy_machine_is_measured_anew(measured, cache, wrong):
     core = engine("dspark", **ROOM)
     bad = dearer(measured, **wrong)
@@ -109,7 +109,8 @@ def test_a_profile_holds_what_took_about_as_long_as_it_says(measured):
     cost = measured.cost
     step = StepTime(rows=6, requests=1, context=40, prefill=0, drafting=1, slots=5, draft_seconds=0.0, seconds=0.0)
     target, draft = cost.of_step(step)
-    for target_off, draft_off, holds in ((1.4, 0.7, True), (1.6, 1.0, False), (1.0, 1.6, False), (0.6, 1.0, False)):
+    offs = ((1.2, 0.9, True), (1.6, 1.0, False), (1.0, 1.6, False), (0.6, 1.0, False), (2.0, 2.2, True), (5, 5, False))
+    for target_off, draft_off, holds in offs:
         took = replace(step, draft_seconds=draft * draft_off, seconds=target * target_off + draft * draft_off)
         assert measured.holds([took]) == holds
     assert measured.holds([])

@@ -66,7 +66,8 @@ def test_samples_follow_the_law(kind, rule):
 
 
 @pytest.mark.skipif(not load_kernels(), reason="no C++ compiler: the rounds of float32 run like those of float64")
-def test_samples_through_the_kernels_do_too(monkeypatch):
+@pytest.mark.parametrize("rule", ["rejection", "coupled"])
+def test_samples_through_the_kernels_do_too(rule, monkeypatch):
     """float32 on a CPU, as users have it: every slot is masked, then drawn in a kernel; the round is judged in one."""
     calls = Counter()
 
@@ -81,9 +82,7 @@ def test_samples_through_the_kernels_do_too(monkeypatch):
     drafter.pack()
     llm = LLM(target, drafter, "full", seed=0)
     llm.core.intake.grammars = Automata()
-    results = llm.generate(
-        [PROMPT] * SAMPLES, SamplingParams(max_tokens=LENGTH + 2, acceptance="rejection", grammar=ANY)
-    )
+    results = llm.generate([PROMPT] * SAMPLES, SamplingParams(max_tokens=LENGTH + 2, acceptance=rule, grammar=ANY))
     assert sum(result.statistics.accepted for result in results) > SAMPLES / 10
     assert distance([tuple(result.token_ids[:LENGTH]) for result in results], exact_law()) < BOUND
     assert calls["draft_chain"] > calls["verdict"] > 0

@@ -21,6 +21,7 @@ from dspark.drafters.config import parse
 from dspark.drafters.draft_model import DraftModel
 from dspark.drafters.layer_skip import LayerSkip
 from dspark.drafters.ngram import NGram
+from dspark.engine import judging
 from dspark.engine.following import Following
 from dspark.engine.llm import LLM
 from dspark.models.target import ATTENTION, Target
@@ -195,8 +196,9 @@ def test_samples_under_the_default_planner_do_too(acceptance, monkeypatch):
 
 
 @pytest.mark.skipif(not load_kernels(), reason="no C++ compiler: the rounds of float32 run like those of float64")
+@pytest.mark.parametrize("acceptance", ["rejection", "coupled"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_samples_through_the_round_kernels_do_too(temperature, monkeypatch):
+def test_samples_through_the_round_kernels_do_too(temperature, acceptance, monkeypatch):
     """float32 on a CPU draws blocks and judges rounds in kernels, as a user's model does; this is that path."""
     calls = Counter()
 
@@ -212,8 +214,29 @@ def test_samples_through_the_round_kernels_do_too(temperature, monkeypatch):
     target = target_of(5, torch.float32)
     drafter = drafter_of("dspark", target)
     drafter.pack()
-    assert distance(sampled(drafter, target, temperature=temperature), exact_law(temperature)) < BOUND
+    found = sampled(drafter, target, temperature=temperature, acceptance=acceptance)
+    assert distance(found, exact_law(temperature)) < BOUND
     assert calls["verdict"] and calls["draft_chain"]
+
+
+@pytest.mark.skipif(not load_kernels(), reason="no C++ compiler: everybody's round is judged by tensors")
+def test_samples_of_requests_that_go_different_ways_through_a_step_do_too(monkeypatch):
+    """Kernel or tensors, either rule, side by side; a bias of 0 asks for tensors and leaves the law as it is."""
+    target, calls = target_of(5, torch.float32), Counter()
+    apart = judging._apart
+    monkeypatch.setattr(judging, "_apart", lambda *given: (calls.update(["apart"]), apart(*given))[1])
+    drafter = drafter_of("dspark", target)
+    drafter.pack()
+    llm = LLM(target, drafter, "full", seed=0)
+    kinds = [
+        {"acceptance": rule} | bias for rule in ("rejection", "coupled") for bias in ({}, {"logit_bias": {0: 0.0}})
+    ]
+    params = [SamplingParams(max_tokens=LENGTH + 2, **kinds[i % 4]) for i in range(2 * SAMPLES)]
+    results = llm.generate([PROMPT] * len(params), params)
+    texts = [tuple(result.token_ids[:LENGTH]) for result in results]
+    for kind in range(4):
+        assert distance(texts[kind::4], exact_law()) < BOUND, kinds[kind]
+    assert calls["apart"] > 20
 
 
 def test_samples_of_the_coupled_rule_do_too():

@@ -63,17 +63,22 @@ def _lanes(vocabulary: int, device: torch.device) -> Tensor:
 
 
 def exponential_noise(seed_B: Tensor, counter_B: Tensor, vocabulary: int, stream: int) -> Tensor:
-    """Unit exponentials, float32 [B, V], all in [2^-31, 16.7]; entry v depends on (seed, counter, stream, v) only.
+    """Unit exponentials, float32 [B, V]: entry v depends on (seed, counter, stream, v) only."""
+    return exponentials_of(hash64(seed_B, counter_B, stream), vocabulary)
+
+
+def exponentials_of(key_B: Tensor, vocabulary: int) -> Tensor:
+    """Unit exponentials, float32 [B, V], all in [2^-31, 16.7]; entry v depends on the row's 64-bit key and v only.
 
     argmin_v e_v / p_v is distributed as p, and equals argmax_v (log p_v + g_v) for the Gumbel noise g = -log e.
     The hash is murmur3's 32-bit finaliser with 64 key bits, half before and half inside, so that no two rows are
     permutations of each other. Small e decide the race, so they are the finely spaced ones.
     """
-    key_B = hash64(seed_B, counter_B, stream).unsqueeze(1)
-    x_BV = _lanes(vocabulary, seed_B.device) ^ key_B.to(torch.int32)  # the cast keeps the low 32 bits
+    key_B1 = key_B.unsqueeze(1)
+    x_BV = _lanes(vocabulary, key_B.device) ^ key_B1.to(torch.int32)  # the cast keeps the low 32 bits
     x_BV ^= (x_BV >> 16).bitwise_and_(0xFFFF)
     x_BV *= _FMIX_1
-    x_BV += (key_B >> 32).to(torch.int32)
+    x_BV += (key_B1 >> 32).to(torch.int32)
     x_BV ^= (x_BV >> 13).bitwise_and_(0x7FFFF)
     x_BV *= _FMIX_2
     x_BV ^= (x_BV >> 16).bitwise_and_(0xFFFF)

@@ -119,7 +119,7 @@ class DSpark(nn.Module):
         seen_RK, seen_r = head.split(hidden_RKD)
 
         def drawn(base_RKV: Tensor, previous_R: Tensor, slots: slice) -> tuple[Tensor, Tensor, Tensor]:
-            own = Tempered(tempered.temperature_R, tempered.uniform_RK[:, slots])
+            own = tempered.slots(slots)
             rest = (self.markov_top_k, seen_RK[:, slots], seen_r, self.packed_w2)
             return draft_chain(base_RKV, w1_Vr, w2_Vr, previous_R, own, *rest)
 

@@ -113,6 +113,7 @@ class NativeRound:
             *self.head,
             tempered.temperature_R,
             tempered.uniform_RK,
+            tempered.key_RK,
             self.seen,
             self.binding(self.pools),
         )

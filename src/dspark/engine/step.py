@@ -21,6 +21,7 @@ from dspark.engine.admission import Admission, Schedule
 from dspark.engine.assemble import assemble, committed_rows, page_table
 from dspark.engine.config import WORTH_COMPILING, EngineConfig
 from dspark.engine.intake import Intake
+from dspark.engine.judging import judge
 from dspark.engine.laws import Laws, padded
 from dspark.engine.logprobs import log_probabilities, score_prompts
 from dspark.engine.planning import Planning, records, step_load
@@ -29,7 +30,6 @@ from dspark.engine.request import Commit, Request
 from dspark.engine.runner import Runner, Timings
 from dspark.engine.trace import trace_of
 from dspark.models.target import Target
-from dspark.ops.verdict import has_kernel
 from dspark.speculation.cost import StepTime
 from dspark.speculation.draft_sampler import DraftSampler
 from dspark.speculation.grammar import Guide
@@ -37,7 +37,7 @@ from dspark.speculation.noise import RoundNoise
 from dspark.speculation.planner import Planner, parse_planner
 from dspark.speculation.reliability import Observer
 from dspark.speculation.statistics import SpeculationStatistics
-from dspark.speculation.verify import NoNumbers, Verdict, sound, verify, verify_tempered
+from dspark.speculation.verify import NoNumbers, Verdict
 
 HEADROOM = 2  # slots a drafter may read past its block
 
@@ -151,7 +151,7 @@ class EngineCore:
         if batch.scored:
             score_prompts(schedule, logits_BV[-batch.scored :])
             logits_BV = logits_BV[: -batch.scored]
-        verdict = self._verify(schedule, draft, plan, noise, logits_BV, guide)
+        verdict = self._judge(schedule, draft, plan, noise, logits_BV, guide)
         kept = committed_rows(schedule.rows, verdict.plan, verdict.accepted_R, len(batch.batch.token_T))
         self.runner.extend(batch.batch, taps_TkD, kept, drafting=draft is not None)
         if self.observer is not None and draft is not None:
@@ -231,7 +231,7 @@ class EngineCore:
         draft = padded(self.runner.propose(context), len(schedule.sampled))
         return noise, draft if guide is None else guide.follow(draft), guide
 
-    def _verify(
+    def _judge(
         self,
         schedule: Schedule,
         draft: Draft | None,
@@ -242,15 +242,8 @@ class EngineCore:
     ) -> Verdict:
         if noise is None:
             return Verdict([], [], [])
-        temperature_R = self.laws.group(schedule.sampled).shaping.temperature_R
         try:
-            if guide is not None:
-                logits_BV = guide.target_logits(logits_BV, plan)
-                guide.rewind()
-            if temperature_R is not None and not noise.coupled and has_kernel(logits_BV):
-                return verify_tempered(draft, plan, logits_BV, temperature_R, noise)
-            law_BV = self.laws.target(schedule.sampled, logits_BV, draft, plan)
-            return verify(draft, plan, law_BV, noise, sound(logits_BV))
+            return judge(schedule.sampled, self.laws, draft, plan, noise, logits_BV, guide)
         except NoNumbers as error:
             raise RequestsFailed([schedule.sampled[place].id for place in error.places], error) from error
 

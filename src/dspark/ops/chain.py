@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from dspark.ops.cpu import load_kernels
+from dspark.ops.races import exponentials
+from dspark.ops.rows import argmax
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -21,6 +23,12 @@ class Tempered:
 
     temperature_R: Tensor  # float64, 0 for the largest logit
     uniform_RK: Tensor  # float64 in (0, 1], one number a draw
+    key_RK: Tensor | None = None  # int64: of the race that is run instead (`ops.races`), 0 where none is; None: nowhere
+
+    def slots(self, which: slice) -> Tempered:
+        """The numbers of some slots."""
+        keys = self.key_RK if self.key_RK is None else self.key_RK[:, which]
+        return Tempered(self.temperature_R, self.uniform_RK[:, which], keys)
 
 
 def draft_chain(
@@ -37,12 +45,13 @@ def draft_chain(
     """Tokens [R, K], the laws they were drawn from [R, K, V] in float32, confidence logits [R, K].
 
     Slot k draws from softmax((U_k + W2 W1[x_{k-1}]) / temperature), restricted to the `top` largest of U_k if top > 0
-    (DSpark, eqs. 4–5), by inverse CDF in token order. Confidence logits are `confidence_RK` + W1[x_{k-1}]·confidence_r
+    (DSpark, eqs. 4–5), by inverse CDF in token order, or where a key is given
+    takes the winner of law / exponential. Confidence logits are `confidence_RK` + W1[x_{k-1}]·confidence_r
     (eq. 7); an empty `confidence_r` leaves them as they are. `packed` is `ops.linear.pack(w2_Vr)`, five times as fast
     without a restriction.
     """
     kernel = base_RKV.device.type == "cpu" and base_RKV.dtype in KERNEL_DTYPES and load_kernels()
-    arguments = (base_RKV, w1_Vr, w2_Vr, anchor_R, tempered.temperature_R, tempered.uniform_RK, top)
+    arguments = (base_RKV, w1_Vr, w2_Vr, anchor_R, tempered.temperature_R, tempered.uniform_RK, tempered.key_RK, top)
     if kernel:
         return torch.ops.dspark.draft_chain(*arguments, confidence_RK, confidence_r, packed)
     return draft_chain_plain(*arguments, confidence_RK, confidence_r)
@@ -55,6 +64,7 @@ def draft_chain_plain(
     anchor_R: Tensor,
     temperature_R: Tensor,
     uniform_RK: Tensor,
+    key_RK: Tensor | None,
     top: int,
     confidence_RK: Tensor,
     confidence_r: Tensor,
@@ -77,6 +87,10 @@ def draft_chain_plain(
         cumulative_RV = law_RV.double().cumsum(1)
         aim_R1 = cumulative_RV[:, -1:] * uniform_RK[:, slot, None]
         previous_R = torch.searchsorted(cumulative_RV, aim_R1).squeeze(1).clamp_(max=base_RV.shape[1] - 1)
+        if key_RK is not None:
+            winner_R = argmax(law_RV / exponentials(key_RK[:, slot], base_RV.shape[1]))
+            raced_R = (key_RK[:, slot] != 0) & (temperature_R > 0)
+            previous_R = torch.where(raced_R, winner_R.clamp_(max=base_RV.shape[1] - 1), previous_R)
         tokens.append(previous_R)
         laws.append(law_RV.float())
         seen_R = embedding_Rr @ confidence_r.to(wide) if len(confidence_r) else 0.0

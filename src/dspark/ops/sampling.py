@@ -70,7 +70,7 @@ class Shaping:
     @cached_property
     def temperature_R(self) -> Tensor | None:
         """Float64 temperatures, 0 for greedy rows, if nothing else shapes any row's law; None otherwise."""
-        if self.truncated or self.penalized or self.bias is not None:
+        if not all(p.tempered for p in self.params):
             return None
         return self.knobs_PB1[0, :, 0] * (1 - self.knobs_PB1[1, :, 0])
 

@@ -1,4 +1,4 @@
-"""The rejection rule over one round, from logits to the last committed token, where temperature alone shapes the laws.
+"""Both acceptance rules over one round, from logits to the last token, where temperature alone shapes the laws.
 
 R requests, K draft slots, V vocabulary, B = sum of (1 + plan) target rows, request-major.
 """
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dspark.ops.acceptance import accepts, residual
 from dspark.ops.cpu import load_kernels
+from dspark.ops.races import exponentials
+from dspark.ops.rows import argmax
 from dspark.ops.sampling import draw
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -25,15 +27,17 @@ def verdict(
     temperature_R: Tensor,
     accept_RK: Tensor,
     final_R: Tensor,
+    key_RK1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(accepted [R], the token committed after them [R]), int64; V where its row has a NaN or no finite maximum.
 
     The law of row b is softmax(logits / temperature), a one-hot at the first largest logit for temperature 0. Accept
     with probability min(1, p/q); at the first rejection draw from normalize(max(p - q, 0)), with none from p. Rows
-    after the first rejection are not looked at. (DSpark, §2)
+    after the first rejection are not looked at. (DSpark, §2) Where a key is not 0 the coupled rule holds: the winner of
+    p / exponential stands, and drafts are accepted for as long as they are it.
     """
     run = torch.ops.dspark.verdict.default if has_kernel(logits_BV) else verdict_plain
-    return run(logits_BV, plan, token_RK, q_RKV, temperature_R, accept_RK, final_R)
+    return run(logits_BV, plan, token_RK, q_RKV, temperature_R, accept_RK, final_R, key_RK1)
 
 
 def has_kernel(logits_BV: Tensor) -> bool:
@@ -49,6 +53,7 @@ def verdict_plain(
     temperature_R: Tensor,
     accept_RK: Tensor,
     final_R: Tensor,
+    key_RK1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification of the kernel, request by request."""
     accepted, last, start = [], [], 0
@@ -62,12 +67,22 @@ def verdict_plain(
             p_LV = torch.zeros_like(x_LV).scatter_(1, x_LV.argmax(1, keepdim=True), 1.0)
         slot = torch.arange(length, device=logits_BV.device)
         token = token_RK[r, :length]
-        passed = accepts(p_LV[slot, token], q_RKV[r, slot, token], accept_RK[r, :length])
+        coupled = key_RK1 is not None and bool(key_RK1[r, 0] != 0) and bool(temperature_R[r] > 0)
+        if coupled:
+            assert key_RK1 is not None
+            winner_L = argmax(p_LV / exponentials(key_RK1[r, : length + 1], x_LV.shape[1]))
+            passed = winner_L[:length] == token
+        else:
+            passed = accepts(p_LV[slot, token], q_RKV[r, slot, token], accept_RK[r, :length])
         count = int(passed.cumprod(0).sum())
         unsound = (~x_LV.amax(1).isfinite()).nonzero()[:1].flatten().tolist()  # the largest of a row with NaN is NaN
         if unsound and unsound[0] <= count:
             accepted.append(unsound[0])
             last.append(x_LV.shape[1])
+            continue
+        if coupled:
+            accepted.append(count)
+            last.append(int(winner_L[count]))
             continue
         law_1V = p_LV[count : count + 1]
         if count < length:

@@ -29,9 +29,10 @@ class DraftSampler:
     def tempered(self) -> Tempered | None:
         """Temperatures and numbers of every request, where nothing else but its grammar shapes a law; else None."""
         temperature_R = self.shaping.temperature_R
-        if temperature_R is None or self.noise.coupled:
+        if temperature_R is None:
             return None
-        return Tempered(temperature_R, self.noise.draft_RK)
+        keys = self.noise.keys
+        return Tempered(temperature_R, self.noise.draft_RK, keys if keys is None else keys[:, :-1])
 
     def draw(self, logits_RV: Tensor, slot: int) -> tuple[Tensor, Tensor]:
         """Draw slot `slot` of every request: (token_R, the law probability_RV it came from).

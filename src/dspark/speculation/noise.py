@@ -9,11 +9,11 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dspark.common.rng import ACCEPT, COUPLED, DRAFT, RESIDUAL, exponential_noise
+from dspark.common.rng import ACCEPT, DRAFT, RESIDUAL
+from dspark.ops.races import exponentials, race_keys
 from dspark.ops.rows import argmax
 from dspark.ops.sampling import draw, race
 from dspark.ops.uniforms import uniforms
@@ -36,6 +36,7 @@ class RoundNoise:
     seeds: Sequence[int]
     positions: Sequence[int]  # output position (0 for the first generated token) that each request's row 0 decides
     still: bool = False  # every request is at temperature 0: no number here can matter
+    _key_RK1: Tensor | None = field(default=None, repr=False)
     _exponential_CKV: Tensor | None = field(default=None, repr=False)
 
     @classmethod
@@ -72,7 +73,7 @@ class RoundNoise:
         index = torch.tensor(rows, dtype=torch.int64, device=self.final_R.device)
         row_of = {r: i for i, r in enumerate(self.coupled)}
         kept = [r for r in rows if r in row_of]
-        made = self._exponential_CKV
+        keys, made = self._key_RK1, self._exponential_CKV
         return RoundNoise(
             self.draft_RK[index],
             self.accept_RK[index],
@@ -81,6 +82,7 @@ class RoundNoise:
             [self.seeds[r] for r in rows],
             [self.positions[r] for r in rows],
             still=self.still,
+            _key_RK1=keys if keys is None else keys[index],
             _exponential_CKV=made if made is None else made[[row_of[r] for r in kept]],
         )
 
@@ -88,18 +90,21 @@ class RoundNoise:
         """The tokens and laws of a round without drafts, [R, 0] and [R, 0, V]."""
         return _no_draft(len(self.seeds), vocabulary, self.final_R.device)
 
+    @property
+    def keys(self) -> Tensor | None:
+        """What fixes the exponentials of each slot, int64 [R, K+1], 0 for requests that draw; None if all do."""
+        if self._key_RK1 is None and self.coupled:
+            width = self.draft_RK.shape[1] + 1
+            self._key_RK1 = race_keys(self.seeds, self.positions, self.coupled, width).to(self.final_R.device)
+        return self._key_RK1
+
     def exponential(self, vocabulary: int) -> Tensor:
         """The coupled requests' exponentials [C, K+1, V]: slot k belongs to output position + k. Made once."""
         if self._exponential_CKV is None:
-            device, width = self.final_R.device, self.draft_RK.shape[1] + 1
-            position_CK = np.array([self.positions[r] for r in self.coupled])[:, None] + np.arange(width)
-            seed_CK = np.array([self.seeds[r] for r in self.coupled], dtype=np.int64).repeat(width)
-            position_B, seed_B = (
-                torch.from_numpy(position_CK.reshape(-1)).to(device),
-                torch.from_numpy(seed_CK).to(device),
-            )
-            noise_BV = exponential_noise(seed_B, position_B, vocabulary, COUPLED)
-            self._exponential_CKV = noise_BV.view(len(self.coupled), width, vocabulary)
+            keys = self.keys
+            assert keys is not None, "nobody here is under the coupled rule"
+            noise_BV = exponentials(keys[list(self.coupled)].flatten(), vocabulary)
+            self._exponential_CKV = noise_BV.view(len(self.coupled), -1, vocabulary)
         return self._exponential_CKV
 
     def pick(self, probability_RV: Tensor, slot: int) -> Tensor:

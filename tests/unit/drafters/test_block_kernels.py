@@ -19,6 +19,7 @@ from dspark.models.batch import Ragged
 from dspark.ops.chain import Tempered
 from dspark.ops.cpu import load_kernels
 from dspark.ops.linear import pack_linears
+from dspark.ops.races import race_keys
 from dspark.ops.sampling import Shaping
 from dspark.speculation.draft_sampler import DraftSampler
 from dspark.speculation.grammar import Guide
@@ -91,7 +92,7 @@ def drafter_of(dtype, rank, *, native):
     return drafter
 
 
-def two_rounds(drafter, temperature):
+def two_rounds(drafter, temperature, *, raced=False):
     """A context of 7 and 13 tokens, a round, three rows more, and a round that needs them."""
     torch.manual_seed(3)
     table_RP = torch.arange(1, 15, dtype=torch.int32).view(2, 7)
@@ -102,7 +103,8 @@ def two_rounds(drafter, temperature):
         taps_TD = torch.randn(sum(rows), 96).to(drafter.markov_head.markov_w1.weight.dtype)
         batch = Ragged(torch.zeros(0), torch.cat(position), torch.cat(slot), table_RP, torch.zeros(0), torch.zeros(0))
         drafter.extend(batch, taps_TD)
-        tempered = Tempered(torch.tensor(temperature).double(), torch.rand(2, 5).double())
+        keys = race_keys([1, 2], [6, 0], [0, 1], 5) if raced else None
+        tempered = Tempered(torch.tensor(temperature).double(), torch.rand(2, 5).double(), keys)
         ends = torch.tensor([s + n for n, s in zip(rows, start, strict=True)])
         context = DraftContext(torch.tensor([4, 8]), ends, table_RP, 5, [0, 1], [], None, tempered)
         drafts.append(drafter.propose(context))
@@ -111,9 +113,11 @@ def two_rounds(drafter, temperature):
 
 @pytest.mark.parametrize("temperature", [(0.0, 0.0), (1.0, 0.7), (0.0, 1.0)], ids=str)
 @pytest.mark.parametrize("rank", [16, 24])
-def test_a_round_by_one_kernel_is_extend_block_and_chain(rank, temperature):
-    wanted = two_rounds(drafter_of(torch.float32, rank, native=False), temperature)
-    for got, want in zip(two_rounds(drafter_of(torch.float32, rank, native=True), temperature), wanted, strict=True):
+@pytest.mark.parametrize("raced", [True, False])
+def test_a_round_by_one_kernel_is_extend_block_and_chain(rank, temperature, raced):
+    wanted = two_rounds(drafter_of(torch.float32, rank, native=False), temperature, raced=raced)
+    found = two_rounds(drafter_of(torch.float32, rank, native=True), temperature, raced=raced)
+    for got, want in zip(found, wanted, strict=True):
         assert torch.equal(got.token_RK, want.token_RK) and got.length_R == want.length_R
         torch.testing.assert_close(got.probability_RKV, want.probability_RKV, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(got.confidence_RK, want.confidence_RK, rtol=1e-4, atol=1e-6)

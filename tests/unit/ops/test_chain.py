@@ -6,6 +6,7 @@ import torch
 from dspark.ops.chain import Tempered, draft_chain, draft_chain_plain
 from dspark.ops.cpu import load_kernels
 from dspark.ops.linear import pack
+from dspark.ops.races import race_keys
 
 R, K, V, RANK = 5, 4, 97, 24
 
@@ -29,13 +30,15 @@ def case(dtype):
 @pytest.mark.parametrize("top", [0, 1, 7, 96, 200])
 @pytest.mark.parametrize("sees_token", [True, False])
 @pytest.mark.parametrize("with_packed", [True, False])
-def test_kernel_equals_its_plain_twin(dtype, top, sees_token, with_packed):
+@pytest.mark.parametrize("raced", [True, False])
+def test_kernel_equals_its_plain_twin(dtype, top, sees_token, with_packed, raced):
     base, w1, w2, anchor, temperature, uniform = case(dtype)
     confidence = torch.randn(R, K)
     weight = torch.randn(RANK) if sees_token else torch.empty(0)
-    want = draft_chain_plain(base, w1, w2, anchor, temperature, uniform, top, confidence, weight)
+    key = race_keys(range(R), [4] * R, [0, 1, 3, 4], K) if raced else None
+    want = draft_chain_plain(base, w1, w2, anchor, temperature, uniform, key, top, confidence, weight)
     packed = pack(w2) if with_packed else None
-    got = draft_chain(base, w1, w2, anchor, Tempered(temperature, uniform), top, confidence, weight, packed)
+    got = draft_chain(base, w1, w2, anchor, Tempered(temperature, uniform, key), top, confidence, weight, packed)
     assert torch.equal(got[0], want[0])
     halves = (
         with_packed and dtype == torch.bfloat16
@@ -47,19 +50,24 @@ def test_kernel_equals_its_plain_twin(dtype, top, sees_token, with_packed):
         assert ((got[1] > 0).sum(2) <= top).all()
 
 
-def test_tokens_follow_the_reported_law():
-    """Chi-square of 20 000 first-slot draws; the bound is the 1 − 1e-6 quantile for the degrees of freedom."""
+@pytest.mark.parametrize("raced", [True, False])
+@pytest.mark.parametrize("top", [9, 0])
+def test_tokens_follow_the_reported_law(top, raced):
+    """Chi-square of 20 000 first-slot draws, by uniforms and by races."""
     base, w1, w2, *_ = case(torch.float32)
-    draws, top = 20_000, 9
+    draws = 20_000
     uniform = torch.rand(draws, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     temperature = torch.full((draws,), 1.3, dtype=torch.float64)
     anchor = torch.full((draws,), 3)
     no_confidence = (torch.zeros(draws, 1), torch.empty(0))
+    key = race_keys(range(draws), [0] * draws, range(draws), 1) if raced else None
+    packed = pack(w2) if load_kernels() and not top else None
     one = base[:1, :1].expand(draws, 1, V).contiguous()
-    token, law, _ = draft_chain(one, w1, w2, anchor, Tempered(temperature, uniform), top, *no_confidence)
+    token, law, _ = draft_chain(one, w1, w2, anchor, Tempered(temperature, uniform, key), top, *no_confidence, packed)
     expected = law[0, 0].double() * draws
     counted = torch.bincount(token[:, 0], minlength=V).double()
     kept = expected > 0
+    assert kept.sum() == (top or V)
     assert counted[~kept].sum() == 0
     statistic = ((counted - expected)[kept] ** 2 / expected[kept]).sum().item()
-    assert statistic < 45.0  # chi-square with 8 degrees of freedom: 1e-6 beyond 43
+    assert statistic < {9: 45.0, 0: 178.0}[top]  # 8 and 96 degrees of freedom: 1e-6 beyond 43 and 172

@@ -1,9 +1,10 @@
-"""The round kernel of the rejection rule decides what its plain twin decides."""
+"""The round kernel of both rules decides what its plain twin decides."""
 
 import pytest
 import torch
 
 from dspark.ops.cpu import load_kernels
+from dspark.ops.races import race_keys
 from dspark.ops.verdict import verdict, verdict_plain
 
 R, K, V = 60, 4, 37
@@ -31,8 +32,11 @@ def case(dtype, seed):
 @pytest.mark.skipif(not load_kernels(), reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(5))
-def test_kernel_equals_its_plain_twin(dtype, seed):
-    arguments = case(dtype, seed)
+@pytest.mark.parametrize("raced", ["none", "some", "all"])
+def test_kernel_equals_its_plain_twin(dtype, seed, raced):
+    requests = {"none": None, "some": range(0, R, 2), "all": range(R)}[raced]
+    key = None if requests is None else race_keys(range(R), range(R), requests, K + 1)
+    arguments = (*case(dtype, seed), key)
     want, got = verdict_plain(*arguments), verdict(*arguments)
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
@@ -43,7 +47,8 @@ def test_kernel_equals_its_plain_twin(dtype, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
-def test_logits_that_are_no_numbers_give_no_token(run, dtype, temperature, bad):
+@pytest.mark.parametrize("raced", [True, False])
+def test_logits_that_are_no_numbers_give_no_token(run, dtype, temperature, bad, raced):
     one = torch.tensor([temperature] * 4).double(), torch.full((4, 1), 0.5).double(), torch.tensor([0.5] * 4).double()
     token, law = torch.zeros(4, 1, dtype=torch.long), torch.eye(V)[[0] * 4].unsqueeze(1).contiguous()
     logits = torch.zeros(8, V)
@@ -52,7 +57,8 @@ def test_logits_that_are_no_numbers_give_no_token(run, dtype, temperature, bad):
     logits[0] = bad  # a whole row
     logits[3, V - 1] = bad  # one entry, after an accepted draft
     logits[7, 3] = bad  # after a rejected one: nobody looks at it
-    accepted, last = run(logits.to(dtype), [1] * 4, token, law, *one)
+    key = race_keys([3] * 4, [0] * 4, range(4), 2) if raced else None
+    accepted, last = run(logits.to(dtype), [1] * 4, token, law, *one, key)
     assert last.tolist() == [V, V, 0, 1] and accepted.tolist()[1:] == [1, 1, 0]
 
 
@@ -67,7 +73,8 @@ def test_tokens_that_a_model_rules_out_are_no_fault(run, temperature):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_committed_tokens_follow_the_target(dtype):
+@pytest.mark.parametrize("raced", [True, False])
+def test_committed_tokens_follow_the_target(dtype, raced):
     """Chi-square over 30 000 one-slot rounds; the bound is beyond the 1 - 1e-6 quantile."""
     generator = torch.Generator().manual_seed(0)
     rounds, tokens = 30_000, 6
@@ -83,8 +90,24 @@ def test_committed_tokens_follow_the_target(dtype):
         torch.full((rounds,), 0.8, dtype=torch.float64),
         u[:, :1],
         u[:, 1],
+        race_keys(range(rounds), [1] * rounds, range(rounds), 2) if raced else None,
     )
     first = torch.where(accepted == 1, drawn, last)
     expected = torch.softmax(row.double() / 0.8, 0) * rounds
     counted = torch.bincount(first, minlength=tokens)
     assert float(((counted - expected) ** 2 / expected).sum()) < 38  # 5 degrees of freedom
+
+
+@pytest.mark.parametrize("run", [verdict_plain, verdict])
+def test_a_race_is_lost_by_no_draft_that_ran_it_too(run):
+    """Under the coupled rule a draft from the target's own law is accepted whole, whatever the numbers."""
+    logits, plan, token, q, temperature, accept, final = case(torch.float32, 0)
+    key = race_keys(range(R), range(R), range(R), K + 1)
+    starts = torch.tensor([0, *plan]).cumsum(0)[:-1] + torch.arange(R)
+    empty = torch.zeros(R, 0, dtype=torch.long), torch.zeros(R, 0, V)
+    for k in range(K):
+        rows = logits[torch.minimum(starts + k, torch.tensor(len(logits) - 1))]
+        none = (temperature, accept[:, :0], final, key[:, k : k + 1].contiguous())
+        token[:, k] = run(rows, [0] * R, *empty, *none)[1]
+    accepted, _ = run(logits, plan, token, q, temperature, accept, final, key)
+    assert accepted.tolist() == plan

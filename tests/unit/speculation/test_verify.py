@@ -111,12 +111,12 @@ def test_noise_keys():
         assert torch.equal(noise.accept_RK[:, slot], uniform(seed, counter, ACCEPT))
     assert torch.equal(noise.final_R, uniform(seed, torch.tensor([5, 6]) * 4096, RESIDUAL))
     wanted = exponential_noise(torch.tensor([8] * 4), torch.arange(12, 16), V, COUPLED)
-    assert torch.equal(noise.exponential(V)[0], wanted)
+    torch.testing.assert_close(noise.exponential(V)[0], wanted, rtol=5e-7, atol=0.0)  # by a kernel, where there is one
 
 
 def test_no_vocabulary_noise_without_need(monkeypatch):
     """Not for rejection requests, and not for coupled ones at temperature 0."""
-    monkeypatch.setattr(noise_module, "exponential_noise", None)
+    monkeypatch.setattr(noise_module, "exponentials", None)
     generator = torch.Generator().manual_seed(0)
     draft, target_BV = random_draft(2, 2, generator), torch.eye(V)[[0, 1, 2, 3, 4, 0]]
     for coupled, greedy in (([False, False], [False, True]), ([True, False], [True, False]), ([True] * 2, [True] * 2)):

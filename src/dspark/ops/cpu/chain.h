@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "products.h"
+#include "race.h"
 #include "team.h"
 
 namespace {
@@ -101,8 +102,8 @@ inline int64_t draw_from(const float* weight, int64_t count, double total, doubl
 // One request's block, every slot among its `top` candidates.
 template <typename Scalar>
 void chain_of(const Scalar* base, const Scalar* w1, const Scalar* w2, int64_t anchor, int64_t K, int64_t V, int64_t rank, int64_t top,
-               double temperature, const double* uniform, const float* confidence_w, int64_t* token, float* q,
-              float* confidence) {
+               double temperature, const double* uniform, const int64_t* key, const float* confidence_w, int64_t* token,
+               float* q, float* confidence) {
   const int64_t padded = (rank + LANES - 1) / LANES * LANES;
   std::vector<float> wide(V), embedding(padded, 0.0f), row(padded, 0.0f), logit(V + LANES);
   std::vector<int32_t> chosen;
@@ -127,7 +128,15 @@ void chain_of(const Scalar* base, const Scalar* w1, const Scalar* w2, int64_t an
         put(&logit[i], weights_below(load(&logit[i]), peak, float(temperature)));
         total += block_sum(&logit[i]);
       }
-      best = draw_from(logit.data(), count, total, uniform[k]);
+      if (key && key[k]) {
+        float furthest = -INFINITY;
+        for (int64_t i = 0; i < count; ++i) {
+          const float ratio = logit[i] / exponentials_of(uint64_t(key[k]), chosen[i])[0];
+          if (ratio > furthest) furthest = ratio, best = i;
+        }
+      } else {
+        best = draw_from(logit.data(), count, total, uniform[k]);
+      }
       const float share = float(1.0 / total);
       for (int64_t i = 0; i < count; ++i) q[k * V + chosen[i]] = logit[i] * share;
       if (best == count) best = count - 1;
@@ -147,6 +156,7 @@ struct WholeChain {
   const Scalar *base, *w1, *packed;
   const int64_t* anchor;
   const double *temperature, *uniform;
+  const int64_t* key;  // of the races of requests that draw by one, else 0; null for none
   const float* confidence_w;
   int64_t R, K, V, rank;
   int64_t* token;
@@ -156,6 +166,7 @@ struct WholeChain {
   int64_t stride = (V + LANES - 1) / LANES * LANES, padded = (rank + LANES - 1) / LANES * LANES;
   std::vector<float> logit = std::vector<float>(R * stride, -INFINITY), peak = std::vector<float>(R * PARTS);
   std::vector<double> total = std::vector<double>(R * PARTS);
+  std::vector<Winner> winner = std::vector<Winner>(key ? R * PARTS : 0);
 
   int64_t tile_of(int64_t part) const { return (V + LANES - 1) / LANES * part / PARTS; }
   int64_t start_of(int64_t part) const { return std::min(V, tile_of(part) * LANES); }
@@ -174,7 +185,7 @@ struct WholeChain {
       team.meet();
       for (int64_t r = 0; r < R; ++r)
         if (temperature[r] > 0)
-          for (int64_t part = parts.begin; part < parts.end; ++part) weigh(r, part);
+          for (int64_t part = parts.begin; part < parts.end; ++part) weigh(r, k, part);
       if (drawn) team.meet();
       for (int64_t r = 0; r < R; ++r) {
         if (r % team.size == id) see(r, k, embedding.data() + r * rank);
@@ -203,7 +214,9 @@ struct WholeChain {
 
   float highest(int64_t r) const { return *std::max_element(&peak[r * PARTS], &peak[r * PARTS] + PARTS); }
 
-  void weigh(int64_t r, int64_t part) {  // logits become weights
+  uint64_t key_of(int64_t r, int64_t k) const { return key ? uint64_t(key[r * K + k]) : 0; }
+
+  void weigh(int64_t r, int64_t k, int64_t part) {  // logits become weights
     const float top = highest(r), heat = float(temperature[r]);
     double sum = 0;
     for (int64_t v = start_of(part); v < start_of(part + 1); v += LANES) {
@@ -212,6 +225,8 @@ struct WholeChain {
       sum += block_sum(here);
     }
     total[r * PARTS + part] = sum;
+    if (const uint64_t own = key_of(r, k))
+      winner[r * PARTS + part] = race(&logit[r * stride], own, start_of(part), start_of(part + 1));
   }
 
   int64_t pick(int64_t r, int64_t k) const {
@@ -221,6 +236,12 @@ struct WholeChain {
       for (int64_t part = 0; part < PARTS; ++part)
         if (peak[r * PARTS + part] == top) return std::min(first_of(row, start_of(part + 1), top, V, start_of(part)), V - 1);
       return V - 1;
+    }
+    if (key_of(r, k)) {
+      Winner first;
+      for (int64_t part = 0; part < PARTS; ++part)
+        if (winner[r * PARTS + part].ratio > first.ratio) first = winner[r * PARTS + part];
+      return first.token < 0 ? V - 1 : first.token;
     }
     double seen = 0;
     const double aim = whole(r) * uniform[r * K + k];
@@ -263,7 +284,7 @@ struct WholeChain {
 
 std::tuple<Tensor, Tensor, Tensor> draft_chain(const Tensor& base, const Tensor& w1, const Tensor& w2,
                                                const Tensor& anchor, const Tensor& temperature, const Tensor& uniform,
-                                               int64_t top, const Tensor& confidence_base, const Tensor& confidence_w,
+                                               const std::optional<Tensor>& key, int64_t top, const Tensor& confidence_base, const Tensor& confidence_w,
                                                const Bias& packed) {
   const int64_t R = base.size(0), K = base.size(1), V = base.size(2), rank = w1.size(1);
   Tensor token = at::empty({R, K}, base.options().dtype(at::kLong)), confidence = confidence_base.to(at::kFloat).clone();
@@ -272,10 +293,11 @@ std::tuple<Tensor, Tensor, Tensor> draft_chain(const Tensor& base, const Tensor&
   Tensor padded = at::zeros({(rank + LANES - 1) / LANES * LANES}, confidence.options());
   if (sees_token) padded.slice(0, 0, rank).copy_(confidence_w);
   const Tensor basec = base.contiguous(), anchorc = anchor.contiguous(), temperaturec = temperature.contiguous(),
-               uniformc = uniform.contiguous();
+               uniformc = uniform.contiguous(), keyc = key ? key->contiguous() : Tensor();
   const int threads = thread_count();
   const int64_t* anchors = anchorc.const_data_ptr<int64_t>();
   const double *heats = temperaturec.const_data_ptr<double>(), *uniforms = uniformc.const_data_ptr<double>();
+  const int64_t* keys = key ? keyc.const_data_ptr<int64_t>() : nullptr;
   const float* seen = padded.const_data_ptr<float>();
   int64_t* tokens = token.data_ptr<int64_t>();
   float *laws = q.data_ptr<float>(), *confidences = confidence.data_ptr<float>();
@@ -285,13 +307,13 @@ std::tuple<Tensor, Tensor, Tensor> draft_chain(const Tensor& base, const Tensor&
                  *tiles = packed ? packed->const_data_ptr<Scalar>() : nullptr;
     if (tiles && (top <= 0 || top >= V)) {
       Team team;
-      WholeChain<Scalar> chain{logits, first, tiles, anchors, heats, uniforms, seen, R, K, V, rank, tokens, laws,
+      WholeChain<Scalar> chain{logits, first, tiles, anchors, heats, uniforms, keys, seen, R, K, V, rank, tokens, laws,
                                sees_token ? confidences : nullptr, team};
       return team.run([&](int64_t id) { chain.run(id); });
     }
 #pragma omp parallel for num_threads(threads) if (threads > 1 && R > 1)
     for (int64_t r = 0; r < R; ++r)
-      chain_of(logits + r * K * V, first, second, anchors[r], K, V, rank, top, heats[r], uniforms + r * K, seen,
+      chain_of(logits + r * K * V, first, second, anchors[r], K, V, rank, top, heats[r], uniforms + r * K, keys ? keys + r * K : nullptr, seen,
                tokens + r * K, laws + r * K * V, sees_token ? confidences + r * K : nullptr);
   };
   if (base.scalar_type() == at::kFloat) run_all(float{});

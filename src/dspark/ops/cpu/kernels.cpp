@@ -14,6 +14,7 @@
 #include "decoder.h"
 #include "drafting.h"
 #include "products.h"
+#include "race.h"
 #include "sampling.h"
 #include "verdict.h"
 #include "walk.h"
@@ -30,8 +31,8 @@ TORCH_LIBRARY_FRAGMENT(dspark, library) {
       "ragged_attention(Tensor q, Tensor k, Tensor v, Tensor pool_k, Tensor pool_v, Tensor table, Tensor cu, "
       "Tensor context, int page_size, float scale, bool causal, int window, float softcap) -> Tensor");
   library.def(
-      "draft_chain(Tensor base, Tensor w1, Tensor w2, Tensor anchor, Tensor temperature, Tensor uniform, int top, "
-      "Tensor confidence_base, Tensor confidence_w, Tensor? packed) -> (Tensor, Tensor, Tensor)");
+      "draft_chain(Tensor base, Tensor w1, Tensor w2, Tensor anchor, Tensor temperature, Tensor uniform, Tensor? key, "
+      "int top, Tensor confidence_base, Tensor confidence_w, Tensor? packed) -> (Tensor, Tensor, Tensor)");
   library.def(
       "decoder(Tensor token, Tensor position, Tensor slot, Tensor table, Tensor cu, Tensor context, Tensor rows, "
       "Tensor constants, int[] taps) -> (Tensor, Tensor)");
@@ -42,13 +43,15 @@ TORCH_LIBRARY_FRAGMENT(dspark, library) {
       "-> (Tensor, Tensor)");
   library.def(
       "draft_round(Tensor[] pending, Tensor fc, Tensor context_norm, Tensor anchor, Tensor position, Tensor table, "
-      "int mask, Tensor w1, Tensor packed, Tensor temperature, Tensor uniform, Tensor seen, Tensor constants) "
-      "-> (Tensor, Tensor, Tensor)");
+      "int mask, Tensor w1, Tensor packed, Tensor temperature, Tensor uniform, Tensor? key, Tensor seen, "
+      "Tensor constants) -> (Tensor, Tensor, Tensor)");
   library.def("uniforms(int[] seeds, int[] counters, int[] offsets, int[] streams) -> Tensor");
+  library.def("race_keys(int[] seeds, int[] counters, int[] raced, int width, int stream) -> Tensor");
+  library.def("exponentials(Tensor key, int vocabulary) -> Tensor");
   library.def("nucleus(Tensor probability, Tensor top_p) -> Tensor");
   library.def(
-      "verdict(Tensor logits, int[] plan, Tensor token, Tensor q, Tensor temperature, Tensor accept, Tensor final_u) "
-      "-> (Tensor, Tensor)");
+      "verdict(Tensor logits, int[] plan, Tensor token, Tensor q, Tensor temperature, Tensor accept, Tensor final_u, "
+      "Tensor? key) -> (Tensor, Tensor)");
   library.def(
       "calibrated(Tensor raw, int[] place, Tensor first, Tensor then, int[] curved, Tensor[] curves, float least) -> "
       "(Tensor, Tensor)");
@@ -57,7 +60,10 @@ TORCH_LIBRARY_FRAGMENT(dspark, library) {
       "Tensor");
 }
 
-TORCH_LIBRARY_IMPL(dspark, CompositeExplicitAutograd, library) { library.impl("uniforms", uniforms); }
+TORCH_LIBRARY_IMPL(dspark, CompositeExplicitAutograd, library) {
+  library.impl("uniforms", uniforms);
+  library.impl("race_keys", race_keys);
+}
 
 TORCH_LIBRARY_IMPL(dspark, CPU, library) {
   library.impl("pack", pack);
@@ -72,6 +78,7 @@ TORCH_LIBRARY_IMPL(dspark, CPU, library) {
   library.impl("draft_block", draft_block);
   library.impl("draft_round", draft_round);
   library.impl("nucleus", nucleus);
+  library.impl("exponentials", exponentials);
   library.impl("verdict", verdict);
   library.impl("calibrated", calibrated);
   library.impl("walk", walk);

@@ -9,22 +9,13 @@
 
 namespace {
 
-constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u;
-
-inline uint64_t mixed(uint64_t x) {  // the finaliser of splitmix64
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-  return x ^ (x >> 31);
-}
-
 // out[r][i] in (0, 1): a function of seed r, counter r + offset i and stream i.
 Tensor uniforms(at::IntArrayRef seeds, at::IntArrayRef counters, at::IntArrayRef offsets, at::IntArrayRef streams) {
   Tensor out = at::empty({int64_t(seeds.size()), int64_t(offsets.size())}, at::kDouble);
   double* to = out.data_ptr<double>();
   for (size_t r = 0; r < seeds.size(); ++r)
     for (size_t i = 0; i < offsets.size(); ++i) {
-      const uint64_t start = mixed(uint64_t(seeds[r]) + uint64_t(streams[i]) * GOLDEN);
-      const uint64_t bits = mixed(start + uint64_t(counters[r] + offsets[i]) * GOLDEN) >> 12;
+      const uint64_t bits = hashed(uint64_t(seeds[r]), uint64_t(counters[r] + offsets[i]), uint64_t(streams[i])) >> 12;
       *to++ = (double(bits) + 0.5) * 0x1p-52;
     }
   return out;
