@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from dspark.common.sampling_params import SamplingParams
 from dspark.drafters import dspark
@@ -136,12 +136,16 @@ def drafter_of(kind, target):
 
 
 @torch.no_grad()
-def exact_law(temperature=1.0):
-    """P(x1, x2, x3 | prompt) of every outcome, from the library's forward."""
-    law = {}
+def exact_law(temperature=1.0, top_k=0, top_p=1.0):
+    """P(x1, x2, x3 | prompt) of every outcome, from the library's forward and its warpers."""
+    law, warpers = {}, [TemperatureLogitsWarper(temperature)]
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     for outcome in itertools.product(range(V), repeat=LENGTH):
         logits = PLAIN(torch.tensor([[*PROMPT, *outcome]])).logits[0, len(PROMPT) - 1 : -1]
-        logs = (logits / temperature).log_softmax(-1)
+        for warper in warpers:
+            logits = warper(None, logits)
+        logs = logits.log_softmax(-1)
         law[outcome] = math.exp(sum(float(row[token]) for row, token in zip(logs, outcome, strict=True)))
     assert math.isclose(sum(law.values()), 1.0)
     return law
@@ -150,7 +154,8 @@ def exact_law(temperature=1.0):
 def distance(outcomes, law):
     """The chi-square statistic's distance from its mean, in standard deviations; rare cells are pooled."""
     counts, total = Counter(outcomes), len(outcomes)
-    cells = [(counts[outcome], total * p) for outcome, p in law.items()]
+    assert not any(counts[outcome] for outcome, p in law.items() if not p), "a text that the law rules out"
+    cells = [(counts[outcome], total * p) for outcome, p in law.items() if p]
     rare = [cell for cell in cells if cell[1] < 5]
     cells = [cell for cell in cells if cell[1] >= 5]
     if rare:
@@ -197,8 +202,8 @@ def test_samples_under_the_default_planner_do_too(acceptance, monkeypatch):
 
 @pytest.mark.skipif(not load_kernels(), reason="no C++ compiler: the rounds of float32 run like those of float64")
 @pytest.mark.parametrize("acceptance", ["rejection", "coupled"])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_samples_through_the_round_kernels_do_too(temperature, acceptance, monkeypatch):
+@pytest.mark.parametrize("fields", [{}, {"temperature": 0.7}, {"temperature": 0.8, "top_k": 4, "top_p": 0.8}], ids=str)
+def test_samples_through_the_round_kernels_do_too(fields, acceptance, monkeypatch):
     """float32 on a CPU draws blocks and judges rounds in kernels, as a user's model does; this is that path."""
     calls = Counter()
 
@@ -214,8 +219,7 @@ def test_samples_through_the_round_kernels_do_too(temperature, acceptance, monke
     target = target_of(5, torch.float32)
     drafter = drafter_of("dspark", target)
     drafter.pack()
-    found = sampled(drafter, target, temperature=temperature, acceptance=acceptance)
-    assert distance(found, exact_law(temperature)) < BOUND
+    assert distance(sampled(drafter, target, acceptance=acceptance, **fields), exact_law(**fields)) < BOUND
     assert calls["verdict"] and calls["draft_chain"]
 
 

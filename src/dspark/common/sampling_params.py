@@ -101,9 +101,8 @@ class SamplingParams:
 
     @property
     def tempered(self) -> bool:
-        """Whether nothing but the temperature, and a grammar, shapes this request's law."""
-        truncated = bool(self.temperature) and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
-        return not (truncated or self.penalized or self.logit_bias)
+        """Whether nothing but temperature, truncation and a grammar shapes this request's law."""
+        return not (self.penalized or self.logit_bias)
 
     def check_vocabulary(self, vocabulary: int) -> None:
         """Raise UserError if a token id named here is not one of the model's `vocabulary` tokens."""

@@ -111,7 +111,7 @@ class DSpark(nn.Module):
         head: ConfidenceHead,
         rules: Rules | None = None,
     ) -> Draft:
-        """What `sequential` does, by a kernel, for a vanilla head and requests that sample by temperature alone.
+        """What `sequential` does, by a kernel, for a vanilla head and requests whose laws knobs alone shape.
 
         In one call, or with rules in one a slot: a base logit of −inf is a token that is not drawn.
         """

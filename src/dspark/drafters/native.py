@@ -111,7 +111,7 @@ class NativeRound:
             context.page_table_RP,
             self.mask,
             *self.head,
-            tempered.temperature_R,
+            tempered.knobs_R4,
             tempered.uniform_RK,
             tempered.key_RK,
             self.seen,

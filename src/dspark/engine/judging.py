@@ -32,8 +32,9 @@ def judge(
 ) -> Verdict:
     """The round's verdict; `logits_BV` has 1 + plan rows for each request.
 
-    Requests whose laws temperature alone shapes go through a kernel where there is one, the others through tensors.
-    The two differ in the last bits, so the same seed gives the same text only because nobody's way depends on others.
+    Requests whose laws temperature and truncation alone shape go through a kernel where there is one, the others
+    through tensors. The two differ in the last bits, so a seed gives the same text only because nobody's way depends
+    on who else is there.
     Raises NoNumbers with the places of the requests whose laws are no numbers.
     """
     if guide is not None:
@@ -56,9 +57,9 @@ def _tempered(
     noise: RoundNoise,
     logits_BV: Tensor,
 ) -> Verdict:
-    temperature_R = laws.group(requests).shaping.temperature_R
-    assert temperature_R is not None
-    return verify_tempered(draft, plan, logits_BV, temperature_R, noise)
+    knobs_R4 = laws.group(requests).shaping.knobs_R4
+    assert knobs_R4 is not None
+    return verify_tempered(draft, plan, logits_BV, knobs_R4, noise)
 
 
 def _shaped(

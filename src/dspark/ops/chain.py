@@ -1,4 +1,4 @@
-"""Draws a block left to right under a vanilla Markov head, for requests that sample by temperature alone.
+"""Draws a block left to right under a vanilla Markov head, for requests whose laws knobs alone shape.
 
 R requests, K block slots, C candidates, V vocabulary, r Markov rank.
 """
@@ -13,22 +13,23 @@ from torch import Tensor
 from dspark.ops.cpu import load_kernels
 from dspark.ops.races import exponentials
 from dspark.ops.rows import argmax
+from dspark.ops.truncation import truncate_plain
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Tempered:
-    """How requests sample when nothing but temperature shapes their laws."""
+    """How requests sample when nothing but temperature and truncation shapes their laws."""
 
-    temperature_R: Tensor  # float64, 0 for the largest logit
+    knobs_R4: Tensor  # float64: temperature, top-k, top-p, min-p (`Shaping.knobs_R4`)
     uniform_RK: Tensor  # float64 in (0, 1], one number a draw
     key_RK: Tensor | None = None  # int64: of the race that is run instead (`ops.races`), 0 where none is; None: nowhere
 
     def slots(self, which: slice) -> Tempered:
         """The numbers of some slots."""
         keys = self.key_RK if self.key_RK is None else self.key_RK[:, which]
-        return Tempered(self.temperature_R, self.uniform_RK[:, which], keys)
+        return Tempered(self.knobs_R4, self.uniform_RK[:, which], keys)
 
 
 def draft_chain(
@@ -45,13 +46,13 @@ def draft_chain(
     """Tokens [R, K], the laws they were drawn from [R, K, V] in float32, confidence logits [R, K].
 
     Slot k draws from softmax((U_k + W2 W1[x_{k-1}]) / temperature), restricted to the `top` largest of U_k if top > 0
-    (DSpark, eqs. 4–5), by inverse CDF in token order, or where a key is given
-    takes the winner of law / exponential. Confidence logits are `confidence_RK` + W1[x_{k-1}]·confidence_r
+    (DSpark, eqs. 4–5) and truncated, by inverse CDF in token order, or where a key is given takes the winner of
+    law / exponential. Confidence logits are `confidence_RK` + W1[x_{k-1}]·confidence_r
     (eq. 7); an empty `confidence_r` leaves them as they are. `packed` is `ops.linear.pack(w2_Vr)`, five times as fast
     without a restriction.
     """
     kernel = base_RKV.device.type == "cpu" and base_RKV.dtype in KERNEL_DTYPES and load_kernels()
-    arguments = (base_RKV, w1_Vr, w2_Vr, anchor_R, tempered.temperature_R, tempered.uniform_RK, tempered.key_RK, top)
+    arguments = (base_RKV, w1_Vr, w2_Vr, anchor_R, tempered.knobs_R4, tempered.uniform_RK, tempered.key_RK, top)
     if kernel:
         return torch.ops.dspark.draft_chain(*arguments, confidence_RK, confidence_r, packed)
     return draft_chain_plain(*arguments, confidence_RK, confidence_r)
@@ -62,7 +63,7 @@ def draft_chain_plain(
     w1_Vr: Tensor,
     w2_Vr: Tensor,
     anchor_R: Tensor,
-    temperature_R: Tensor,
+    knobs_R4: Tensor,
     uniform_RK: Tensor,
     key_RK: Tensor | None,
     top: int,
@@ -71,6 +72,7 @@ def draft_chain_plain(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The specification of the kernel, slot by slot."""
     wide = torch.promote_types(base_RKV.dtype, torch.float32)
+    temperature_R = knobs_R4[:, 0]
     previous_R, tokens, laws, confidences = anchor_R, [], [], []
     for slot in range(base_RKV.shape[1]):
         base_RV = base_RKV[:, slot].to(wide)
@@ -83,7 +85,8 @@ def draft_chain_plain(
         largest_R = logits_RV.argmax(1)
         one_hot_RV = torch.zeros_like(logits_RV).scatter_(1, largest_R[:, None], 1.0)
         safe_R1 = torch.where(temperature_R > 0, temperature_R, 1.0)[:, None]
-        law_RV = torch.where(temperature_R[:, None] > 0, (logits_RV / safe_R1).softmax(1), one_hot_RV.double())
+        drawn_RV = truncate_plain((logits_RV / safe_R1).softmax(1), knobs_R4[:, 1:])
+        law_RV = torch.where(temperature_R[:, None] > 0, drawn_RV, one_hot_RV.double())
         cumulative_RV = law_RV.double().cumsum(1)
         aim_R1 = cumulative_RV[:, -1:] * uniform_RK[:, slot, None]
         previous_R = torch.searchsorted(cumulative_RV, aim_R1).squeeze(1).clamp_(max=base_RV.shape[1] - 1)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dspark.common.sampling_params import SamplingParams
-from dspark.ops.cpu import load_kernels
 from dspark.ops.history import History
-from dspark.ops.rows import argmax, largest, rising
+from dspark.ops.rows import argmax
+from dspark.ops.truncation import truncate
 
 Bias = tuple[Tensor, Tensor, Tensor]  # rows, tokens (int64) and values (float64) of the biased logits
 _NO_TOP_K, _NO_TOP_P = float(1 << 40), 0.0  # above any vocabulary; less than any mass
@@ -68,11 +68,15 @@ class Shaping:
         )
 
     @cached_property
-    def temperature_R(self) -> Tensor | None:
-        """Float64 temperatures, 0 for greedy rows, if nothing else shapes any row's law; None otherwise."""
+    def knobs_R4(self) -> Tensor | None:
+        """Float64 temperature, top_k, top_p and min_p as the kernels read them, if nothing else shapes any row's law.
+
+        A temperature of 0 stands for the largest logit; a top_k above the vocabulary, a top_p and min_p of 0 for all.
+        """
         if not all(p.tempered for p in self.params):
             return None
-        return self.knobs_PB1[0, :, 0] * (1 - self.knobs_PB1[1, :, 0])
+        knobs_PB = self.knobs_PB1[:, :, 0]
+        return torch.stack([knobs_PB[0] * (1 - knobs_PB[1]), *knobs_PB[2:5]], 1).contiguous()
 
     @property
     def truncated(self) -> bool:
@@ -118,7 +122,11 @@ def shape(logits_BV: Tensor, shaping: Shaping, history: History | None = None) -
     tempered_BV = x_BV / shaping.knobs_PB1[0].to(x_BV.dtype) if shaping.tempered else x_BV
     probability_BV = tempered_BV.softmax(-1)
     if shaping.truncated:
-        probability_BV = _truncate(probability_BV, shaping)
+        live = [p for p in shaping.params if p.temperature]
+        cuts_PB1 = shaping.knobs_PB1[2:5]
+        probability_BV = truncate(
+            probability_BV, cuts_PB1, top_k=max(p.top_k for p in live), top_p=shaping.top_p, min_p=shaping.min_p
+        )
     if shaping.mixed:
         probability_BV = torch.where(shaping.knobs_PB1[1] > 0, _one_hot(x_BV), probability_BV)
     return probability_BV
@@ -138,41 +146,6 @@ def _penalize(x_BV: Tensor, shaping: Shaping, history: History) -> Tensor:
     if any(p.presence_penalty for p in shaping.params):
         x_BV = x_BV - (history.output_BV > 0) * presence_B1
     return x_BV
-
-
-def _truncate(p_BV: Tensor, shaping: Shaping) -> Tensor:
-    """Top-k, then top-p on what that left, then min-p."""
-    top_k_B1, top_p_B1, min_p_B1 = shaping.knobs_PB1[2:5]
-    if shaping.top_k:
-        width = min(p_BV.shape[1], max(p.top_k for p in shaping.params if p.temperature))
-        index_B1 = width - top_k_B1.clamp(max=width).long()
-        p_BV = _keep(p_BV, largest(p_BV, width).gather(1, index_B1) * (top_k_B1 <= p_BV.shape[1]))
-    if shaping.top_p:
-        p_BV = _keep(p_BV, nucleus(p_BV, top_p_B1))
-    if shaping.min_p:
-        p_BV = _keep(p_BV, p_BV.amax(-1, keepdim=True) * min_p_B1.to(p_BV.dtype))
-    return p_BV
-
-
-def _keep(p_BV: Tensor, threshold_B1: Tensor) -> Tensor:
-    """Drop every token less likely than the row's threshold and renormalise; to the bit unchanged at threshold 0."""
-    kept_BV = p_BV * (p_BV >= threshold_B1)
-    return kept_BV / torch.where(threshold_B1 > 0, kept_BV.sum(-1, keepdim=True), 1.0)
-
-
-def nucleus(p_BV: Tensor, top_p_B1: Tensor) -> Tensor:
-    """The probability of the last of the fewest tokens whose mass reaches top-p, [B, 1]; 0 if there is none."""
-    if p_BV.device.type == "cpu" and p_BV.dtype == torch.float32 and load_kernels():
-        return torch.ops.dspark.nucleus.default(p_BV, top_p_B1)
-    return nucleus_plain(p_BV, top_p_B1)
-
-
-def nucleus_plain(p_BV: Tensor, top_p_B1: Tensor) -> Tensor:
-    """The specification of the kernel: every row sorted, masses summed in float64 from the likeliest token down."""
-    falling_BV = rising(p_BV).flip(-1)
-    short_B1 = (falling_BV.cumsum(-1, dtype=torch.float64) < top_p_B1).sum(-1, keepdim=True)
-    reached_B1 = (short_B1 < p_BV.shape[1]) & (top_p_B1 > 0)
-    return falling_BV.gather(1, short_B1.clamp_(max=p_BV.shape[1] - 1)) * reached_B1
 
 
 def draw(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Both acceptance rules over one round, from logits to the last token, where temperature alone shapes the laws.
+"""Both acceptance rules over one round, from logits to the last token, where knobs alone shape the laws.
 
 R requests, K draft slots, V vocabulary, B = sum of (1 + plan) target rows, request-major.
 """
@@ -15,6 +15,7 @@ from dspark.ops.cpu import load_kernels
 from dspark.ops.races import exponentials
 from dspark.ops.rows import argmax
 from dspark.ops.sampling import draw
+from dspark.ops.truncation import truncate_plain
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -24,20 +25,20 @@ def verdict(
     plan: Sequence[int],
     token_RK: Tensor,
     q_RKV: Tensor,
-    temperature_R: Tensor,
+    knobs_R4: Tensor,
     accept_RK: Tensor,
     final_R: Tensor,
     key_RK1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(accepted [R], the token committed after them [R]), int64; V where its row has a NaN or no finite maximum.
 
-    The law of row b is softmax(logits / temperature), a one-hot at the first largest logit for temperature 0. Accept
-    with probability min(1, p/q); at the first rejection draw from normalize(max(p - q, 0)), with none from p. Rows
-    after the first rejection are not looked at. (DSpark, §2) Where a key is not 0 the coupled rule holds: the winner of
-    p / exponential stands, and drafts are accepted for as long as they are it.
+    The law of row b is softmax(logits / temperature), truncated as the request's knobs say, a one-hot at the first
+    largest logit for temperature 0. Accept with probability min(1, p/q); at the first rejection draw from
+    normalize(max(p - q, 0)), with none from p. Rows after the first rejection are not looked at. (DSpark, §2) Where a
+    key is not 0 the coupled rule holds: the winner of p / exponential stands, and drafts pass while they are it.
     """
     run = torch.ops.dspark.verdict.default if has_kernel(logits_BV) else verdict_plain
-    return run(logits_BV, plan, token_RK, q_RKV, temperature_R, accept_RK, final_R, key_RK1)
+    return run(logits_BV, plan, token_RK, q_RKV, knobs_R4, accept_RK, final_R, key_RK1)
 
 
 def has_kernel(logits_BV: Tensor) -> bool:
@@ -50,7 +51,7 @@ def verdict_plain(
     plan: Sequence[int],
     token_RK: Tensor,
     q_RKV: Tensor,
-    temperature_R: Tensor,
+    knobs_R4: Tensor,
     accept_RK: Tensor,
     final_R: Tensor,
     key_RK1: Tensor | None = None,
@@ -61,13 +62,15 @@ def verdict_plain(
     for r, length in enumerate(plan):
         x_LV = logits_BV[start : start + length + 1].to(wide)
         start += length + 1
-        if temperature_R[r] > 0:
-            p_LV = (x_LV / temperature_R[r].to(wide)).softmax(1)
+        temperature, *_ = knobs_R4[r]
+        if temperature > 0:
+            p_LV = (x_LV / temperature.to(wide)).softmax(1)
+            p_LV = truncate_plain(p_LV, knobs_R4[r : r + 1, 1:].expand(length + 1, 3))
         else:
             p_LV = torch.zeros_like(x_LV).scatter_(1, x_LV.argmax(1, keepdim=True), 1.0)
         slot = torch.arange(length, device=logits_BV.device)
         token = token_RK[r, :length]
-        coupled = key_RK1 is not None and bool(key_RK1[r, 0] != 0) and bool(temperature_R[r] > 0)
+        coupled = key_RK1 is not None and bool(key_RK1[r, 0] != 0) and bool(temperature > 0)
         if coupled:
             assert key_RK1 is not None
             winner_L = argmax(p_LV / exponentials(key_RK1[r, : length + 1], x_LV.shape[1]))

@@ -27,12 +27,12 @@ class DraftSampler:
 
     @property
     def tempered(self) -> Tempered | None:
-        """Temperatures and numbers of every request, where nothing else but its grammar shapes a law; else None."""
-        temperature_R = self.shaping.temperature_R
-        if temperature_R is None:
+        """Knobs and numbers of every request, where nothing else but its grammar shapes a law; else None."""
+        knobs_R4 = self.shaping.knobs_R4
+        if knobs_R4 is None:
             return None
         keys = self.noise.keys
-        return Tempered(temperature_R, self.noise.draft_RK, keys if keys is None else keys[:, :-1])
+        return Tempered(knobs_R4, self.noise.draft_RK, keys if keys is None else keys[:, :-1])
 
     def draw(self, logits_RV: Tensor, slot: int) -> tuple[Tensor, Tensor]:
         """Draw slot `slot` of every request: (token_R, the law probability_RV it came from).

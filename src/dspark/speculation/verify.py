@@ -82,9 +82,9 @@ def verify(
 
 
 def verify_tempered(
-    draft: Draft | None, plan: Sequence[int], logits_BV: Tensor, temperature_R: Tensor, noise: RoundNoise
+    draft: Draft | None, plan: Sequence[int], logits_BV: Tensor, knobs_R4: Tensor, noise: RoundNoise
 ) -> Verdict:
-    """`verify` of softmax(logits / temperature), for requests with no other shaping: one kernel call."""
+    """`verify` of softmax(logits / temperature), truncated, for requests with no other shaping: one kernel call."""
     if draft is None:
         token_RK, law_RKV = noise.no_draft(logits_BV.shape[1])
     else:
@@ -92,7 +92,7 @@ def verify_tempered(
     accept_RK, keys, drawn = noise.accept_RK, noise.keys, token_RK.shape[1]
     if accept_RK.shape[1] > drawn:  # a block may have ended early
         accept_RK = accept_RK[:, :drawn]
-    columns = verdict(logits_BV, plan, token_RK, law_RKV, temperature_R, accept_RK, noise.final_R, keys)
+    columns = verdict(logits_BV, plan, token_RK, law_RKV, knobs_R4, accept_RK, noise.final_R, keys)
     accepted, final = columns[0].tolist(), columns[1].tolist()
     _check(final, logits_BV.shape[1])
     drafted = token_RK.tolist()

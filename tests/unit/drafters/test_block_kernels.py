@@ -92,7 +92,7 @@ def drafter_of(dtype, rank, *, native):
     return drafter
 
 
-def two_rounds(drafter, temperature, *, raced=False):
+def two_rounds(drafter, temperature, *, raced=False, **cut):
     """A context of 7 and 13 tokens, a round, three rows more, and a round that needs them."""
     torch.manual_seed(3)
     table_RP = torch.arange(1, 15, dtype=torch.int32).view(2, 7)
@@ -104,7 +104,11 @@ def two_rounds(drafter, temperature, *, raced=False):
         batch = Ragged(torch.zeros(0), torch.cat(position), torch.cat(slot), table_RP, torch.zeros(0), torch.zeros(0))
         drafter.extend(batch, taps_TD)
         keys = race_keys([1, 2], [6, 0], [0, 1], 5) if raced else None
-        tempered = Tempered(torch.tensor(temperature).double(), torch.rand(2, 5).double(), keys)
+        tempered = Tempered(
+            Shaping.of([SamplingParams(temperature=t, **cut) for t in temperature]).knobs_R4,
+            torch.rand(2, 5).double(),
+            keys,
+        )
         ends = torch.tensor([s + n for n, s in zip(rows, start, strict=True)])
         context = DraftContext(torch.tensor([4, 8]), ends, table_RP, 5, [0, 1], [], None, tempered)
         drafts.append(drafter.propose(context))
@@ -113,10 +117,10 @@ def two_rounds(drafter, temperature, *, raced=False):
 
 @pytest.mark.parametrize("temperature", [(0.0, 0.0), (1.0, 0.7), (0.0, 1.0)], ids=str)
 @pytest.mark.parametrize("rank", [16, 24])
-@pytest.mark.parametrize("raced", [True, False])
-def test_a_round_by_one_kernel_is_extend_block_and_chain(rank, temperature, raced):
-    wanted = two_rounds(drafter_of(torch.float32, rank, native=False), temperature, raced=raced)
-    found = two_rounds(drafter_of(torch.float32, rank, native=True), temperature, raced=raced)
+@pytest.mark.parametrize("how", [{}, {"raced": True}, {"top_k": 9, "top_p": 0.9}], ids=str)
+def test_a_round_by_one_kernel_is_extend_block_and_chain(rank, temperature, how):
+    wanted = two_rounds(drafter_of(torch.float32, rank, native=False), temperature, **how)
+    found = two_rounds(drafter_of(torch.float32, rank, native=True), temperature, **how)
     for got, want in zip(found, wanted, strict=True):
         assert torch.equal(got.token_RK, want.token_RK) and got.length_R == want.length_R
         torch.testing.assert_close(got.probability_RKV, want.probability_RKV, rtol=1e-4, atol=1e-6)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from drafting import HIDDEN, PAGE, VOCABULARY, Greedy, context_of, pages_of, ragged, random_drafter
 
+from dspark.common.sampling_params import SamplingParams
 from dspark.drafters.lesson import Lesson
 from dspark.ops.chain import Tempered
+from dspark.ops.sampling import Shaping
 
 KINDS = {
     "vanilla": {},
@@ -136,7 +138,12 @@ def test_the_kernel_of_the_sequential_head_drafts_what_the_sampler_would(kind, t
     one = drafter.propose(context_of(anchors, LENGTHS, table_RP, Greedy()))
     context = context_of(anchors, LENGTHS, table_RP, None)
     two = drafter.propose(
-        replace(context, tempered=Tempered(torch.zeros(3).double(), torch.full((3, 5), 0.5).double()))
+        replace(
+            context,
+            tempered=Tempered(
+                Shaping.of([SamplingParams(temperature=0)] * 3).knobs_R4, torch.full((3, 5), 0.5).double()
+            ),
+        )
     )
     assert torch.equal(one.token_RK, two.token_RK)
     torch.testing.assert_close(one.confidence_RK, two.confidence_RK, rtol=1e-4, atol=1e-5)

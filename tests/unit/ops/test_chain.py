@@ -3,15 +3,19 @@
 import pytest
 import torch
 
+from dspark.common.sampling_params import SamplingParams
 from dspark.ops.chain import Tempered, draft_chain, draft_chain_plain
 from dspark.ops.cpu import load_kernels
 from dspark.ops.linear import pack
 from dspark.ops.races import race_keys
+from dspark.ops.sampling import Shaping
 
 R, K, V, RANK = 5, 4, 97, 24
+UNCUT = ({}, {}, {}, {}, {})
+CUTS = ({"top_k": 3}, {"top_k": 20, "top_p": 0.9}, {"min_p": 0.02}, {"top_p": 0.8}, {})
 
 
-def case(dtype):
+def case(dtype, cuts=UNCUT):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -21,8 +25,8 @@ def case(dtype):
     base[:, :, 40] = base[:, :, 41]  # equals: the lower token comes first
     anchor = torch.randint(0, V, (R,), generator=generator)
     uniform = torch.rand(R, K, generator=generator, dtype=torch.float64)
-    temperature = torch.tensor([0.0, 1.0, 0.3, 2.0, 0.0], dtype=torch.float64)
-    return base, normal(V, RANK), normal(V, RANK), anchor, temperature, uniform
+    params = [SamplingParams(temperature=t, **cut) for t, cut in zip((0.0, 1.0, 0.3, 2.0, 0.0), cuts, strict=True)]
+    return base, normal(V, RANK), normal(V, RANK), anchor, Shaping.of(params).knobs_R4, uniform
 
 
 @pytest.mark.skipif(not load_kernels(), reason="no C++ compiler")
@@ -31,14 +35,15 @@ def case(dtype):
 @pytest.mark.parametrize("sees_token", [True, False])
 @pytest.mark.parametrize("with_packed", [True, False])
 @pytest.mark.parametrize("raced", [True, False])
-def test_kernel_equals_its_plain_twin(dtype, top, sees_token, with_packed, raced):
-    base, w1, w2, anchor, temperature, uniform = case(dtype)
+@pytest.mark.parametrize("cuts", [UNCUT, CUTS], ids=["whole", "truncated"])
+def test_kernel_equals_its_plain_twin(dtype, top, sees_token, with_packed, raced, cuts):
+    base, w1, w2, anchor, knobs, uniform = case(dtype, cuts)
     confidence = torch.randn(R, K)
     weight = torch.randn(RANK) if sees_token else torch.empty(0)
     key = race_keys(range(R), [4] * R, [0, 1, 3, 4], K) if raced else None
-    want = draft_chain_plain(base, w1, w2, anchor, temperature, uniform, key, top, confidence, weight)
+    want = draft_chain_plain(base, w1, w2, anchor, knobs, uniform, key, top, confidence, weight)
     packed = pack(w2) if with_packed else None
-    got = draft_chain(base, w1, w2, anchor, Tempered(temperature, uniform, key), top, confidence, weight, packed)
+    got = draft_chain(base, w1, w2, anchor, Tempered(knobs, uniform, key), top, confidence, weight, packed)
     assert torch.equal(got[0], want[0])
     halves = (
         with_packed and dtype == torch.bfloat16
@@ -57,13 +62,13 @@ def test_tokens_follow_the_reported_law(top, raced):
     base, w1, w2, *_ = case(torch.float32)
     draws = 20_000
     uniform = torch.rand(draws, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    temperature = torch.full((draws,), 1.3, dtype=torch.float64)
+    knobs = Shaping.of([SamplingParams(temperature=1.3)]).knobs_R4.expand(draws, 4)
     anchor = torch.full((draws,), 3)
     no_confidence = (torch.zeros(draws, 1), torch.empty(0))
     key = race_keys(range(draws), [0] * draws, range(draws), 1) if raced else None
     packed = pack(w2) if load_kernels() and not top else None
     one = base[:1, :1].expand(draws, 1, V).contiguous()
-    token, law, _ = draft_chain(one, w1, w2, anchor, Tempered(temperature, uniform, key), top, *no_confidence, packed)
+    token, law, _ = draft_chain(one, w1, w2, anchor, Tempered(knobs, uniform, key), top, *no_confidence, packed)
     expected = law[0, 0].double() * draws
     counted = torch.bincount(token[:, 0], minlength=V).double()
     kept = expected > 0

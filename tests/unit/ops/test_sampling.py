@@ -16,7 +16,8 @@ from transformers.generation.logits_process import (
 
 from dspark.common.sampling_params import SamplingParams
 from dspark.ops.history import Counted, History
-from dspark.ops.sampling import Shaping, draw, nucleus, nucleus_plain, race, shape
+from dspark.ops.sampling import Shaping, draw, race, shape
+from dspark.ops.truncation import nucleus, nucleus_plain
 
 V = 50
 

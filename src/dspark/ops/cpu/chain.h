@@ -8,7 +8,9 @@
 
 #include "products.h"
 #include "race.h"
+#include "ranks.h"
 #include "team.h"
+#include "truncation.h"
 
 namespace {
 
@@ -16,64 +18,6 @@ inline float dot(const float* a, const float* b, int64_t size) {  // size is a m
   Vec acc = Vec{};
   for (int64_t i = 0; i < size; i += LANES) acc += load(a + i) * load(b + i);
   return block_sum(acc);
-}
-
-// The largest of x[count], which is padded with -inf to a multiple of 16; NaN is never the largest.
-inline float peak_of(const float* x, int64_t count) {
-  Vec peaks = Vec{} - INFINITY;
-  for (int64_t i = 0; i < count; i += LANES) peaks = larger(load(x + i), peaks);
-  return peak_of(peaks);
-}
-
-inline bool has(Vec x, float value) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(value), _CMP_EQ_OQ) != 0;
-#else
-  Ints found{};
-  each(x, [&](Register r, int64_t) { found |= r == value; });
-  int32_t any = 0;
-  for (int64_t i = 0; i < NATIVE; ++i) any |= found[i];
-  return any != 0;
-#endif
-}
-
-// Where `value` first stands in x[count]; `none` where it does not.
-inline int64_t first_of(const float* x, int64_t count, float value, int64_t none, int64_t start = 0) {
-  for (int64_t i = start; i < count; i += LANES) {
-    if (i + LANES <= count && !has(load(x + i), value)) continue;
-    for (int64_t lane = i; lane < std::min(i + LANES, count); ++lane)
-      if (x[lane] == value) return lane;
-  }
-  return none;
-}
-
-inline uint32_t rank_of(float x) {  // orders floats as unsigned integers
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-// Indices of the `top` largest values, rising; among equals the lowest index wins. All of them for top 0.
-void largest(const float* value, int64_t V, int64_t top, std::vector<int32_t>& chosen) {
-  chosen.clear();
-  if (top <= 0 || top >= V) {
-    for (int64_t v = 0; v < V; ++v) chosen.push_back(v);
-    return;
-  }
-  constexpr int BUCKETS = 4096, SHIFT = 20;
-  std::vector<int32_t> count(BUCKETS, 0), border;
-  for (int64_t v = 0; v < V; ++v) ++count[rank_of(value[v]) >> SHIFT];
-  int64_t bucket = BUCKETS - 1, above = 0;
-  while (above + count[bucket] < top) above += count[bucket--];
-  for (int64_t v = 0; v < V; ++v)
-    if (int64_t(rank_of(value[v]) >> SHIFT) == bucket) border.push_back(v);
-  const auto before = [&](int32_t a, int32_t b) { return value[a] != value[b] ? value[a] > value[b] : a < b; };
-  std::nth_element(border.begin(), border.begin() + (top - above - 1), border.end(), before);
-  const int32_t last = border[top - above - 1];
-  for (int64_t v = 0; v < V; ++v) {
-    const int64_t mine = rank_of(value[v]) >> SHIFT;
-    if (mine > bucket || (mine == bucket && !before(last, v))) chosen.push_back(v);
-  }
 }
 
 // The first index whose cumulative weight reaches u of the whole and that has weight; `count` where there is none.
@@ -102,7 +46,7 @@ inline int64_t draw_from(const float* weight, int64_t count, double total, doubl
 // One request's block, every slot among its `top` candidates.
 template <typename Scalar>
 void chain_of(const Scalar* base, const Scalar* w1, const Scalar* w2, int64_t anchor, int64_t K, int64_t V, int64_t rank, int64_t top,
-               double temperature, const double* uniform, const int64_t* key, const float* confidence_w, int64_t* token,
+               const Knobs& knobs, const double* uniform, const int64_t* key, const float* confidence_w, int64_t* token,
                float* q, float* confidence) {
   const int64_t padded = (rank + LANES - 1) / LANES * LANES;
   std::vector<float> wide(V), embedding(padded, 0.0f), row(padded, 0.0f), logit(V + LANES);
@@ -120,14 +64,15 @@ void chain_of(const Scalar* base, const Scalar* w1, const Scalar* w2, int64_t an
     for (int64_t i = count; i < count + LANES; ++i) logit[i] = -INFINITY;
     const float peak = peak_of(logit.data(), count);
     int64_t best = first_of(logit.data(), count, peak, count - 1);
-    if (temperature == 0) {
+    if (knobs.temperature == 0) {
       q[k * V + chosen[best]] = 1.0f;
     } else {
       double total = 0;
       for (int64_t i = 0; i < count; i += LANES) {
-        put(&logit[i], weights_below(load(&logit[i]), peak, float(temperature)));
+        put(&logit[i], weights_below(load(&logit[i]), peak, float(knobs.temperature)));
         total += block_sum(&logit[i]);
       }
+      if (knobs.truncate(count)) total = truncate(logit.data(), count, knobs, total);
       if (key && key[k]) {
         float furthest = -INFINITY;
         for (int64_t i = 0; i < count; ++i) {
@@ -155,7 +100,8 @@ struct WholeChain {
   static constexpr int64_t PARTS = 16;
   const Scalar *base, *w1, *packed;
   const int64_t* anchor;
-  const double *temperature, *uniform;
+  const Knobs* knobs;
+  const double* uniform;
   const int64_t* key;  // of the races of requests that draw by one, else 0; null for none
   const float* confidence_w;
   int64_t R, K, V, rank;
@@ -174,7 +120,10 @@ struct WholeChain {
   // Every thread of the team calls this with its number.
   void run(int64_t id) {
     const Share parts(PARTS, id, team.size);
-    const bool drawn = std::any_of(temperature, temperature + R, [](double heat) { return heat > 0; });
+    const auto draws = [&](int64_t r) { return knobs[r].temperature > 0; };
+    const auto cuts = [&](int64_t r) { return draws(r) && knobs[r].truncate(V); };
+    bool drawn = false, cut = false;
+    for (int64_t r = 0; r < R; ++r) drawn |= draws(r), cut |= cuts(r);
     std::vector<int64_t> previous(R);
     for (int64_t r = 0; r < R; ++r) previous[r] = anchor[r * apart];
     std::vector<Scalar> embedding(R * rank);
@@ -184,14 +133,17 @@ struct WholeChain {
       for (int64_t part = parts.begin; part < parts.end; ++part) score(part, k, operand);
       team.meet();
       for (int64_t r = 0; r < R; ++r)
-        if (temperature[r] > 0)
+        if (draws(r))
           for (int64_t part = parts.begin; part < parts.end; ++part) weigh(r, k, part);
       if (drawn) team.meet();
+      for (int64_t r = id; r < R; r += team.size)
+        if (cuts(r)) shorten(r, k);
+      if (cut) team.meet();
       for (int64_t r = 0; r < R; ++r) {
         if (r % team.size == id) see(r, k, embedding.data() + r * rank);
         previous[r] = pick(r, k);
         if (r % team.size == id) token[r * K + k] = previous[r];
-        if (temperature[r] > 0) write_law(r, k, start_of(parts.begin), start_of(parts.end));
+        if (draws(r)) write_law(r, k, start_of(parts.begin), start_of(parts.end));
         else if (r % team.size == id) q[(r * K + k) * V + previous[r]] = 1.0f;
       }
       team.meet();  // nobody overwrites what another still reads
@@ -217,7 +169,7 @@ struct WholeChain {
   uint64_t key_of(int64_t r, int64_t k) const { return key ? uint64_t(key[r * K + k]) : 0; }
 
   void weigh(int64_t r, int64_t k, int64_t part) {  // logits become weights
-    const float top = highest(r), heat = float(temperature[r]);
+    const float top = highest(r), heat = float(knobs[r].temperature);
     double sum = 0;
     for (int64_t v = start_of(part); v < start_of(part + 1); v += LANES) {
       float* here = &logit[r * stride + v];
@@ -225,13 +177,28 @@ struct WholeChain {
       sum += block_sum(here);
     }
     total[r * PARTS + part] = sum;
+    if (!knobs[r].truncate(V)) run_race(r, k, part);
+  }
+
+  void shorten(int64_t r, int64_t k) {  // a law ends where its request says
+    float* row = &logit[r * stride];
+    truncate(row, V, knobs[r], whole(r));
+    for (int64_t part = 0; part < PARTS; ++part) {
+      double sum = 0;
+      for (int64_t v = start_of(part); v < start_of(part + 1); v += LANES) sum += block_sum(row + v);
+      total[r * PARTS + part] = sum;
+      run_race(r, k, part);
+    }
+  }
+
+  void run_race(int64_t r, int64_t k, int64_t part) {
     if (const uint64_t own = key_of(r, k))
       winner[r * PARTS + part] = race(&logit[r * stride], own, start_of(part), start_of(part + 1));
   }
 
   int64_t pick(int64_t r, int64_t k) const {
     const float* row = &logit[r * stride];
-    if (temperature[r] == 0) {
+    if (knobs[r].temperature == 0) {
       const float top = highest(r);
       for (int64_t part = 0; part < PARTS; ++part)
         if (peak[r * PARTS + part] == top) return std::min(first_of(row, start_of(part + 1), top, V, start_of(part)), V - 1);
@@ -283,7 +250,7 @@ struct WholeChain {
 };
 
 std::tuple<Tensor, Tensor, Tensor> draft_chain(const Tensor& base, const Tensor& w1, const Tensor& w2,
-                                               const Tensor& anchor, const Tensor& temperature, const Tensor& uniform,
+                                               const Tensor& anchor, const Tensor& knobs, const Tensor& uniform,
                                                const std::optional<Tensor>& key, int64_t top, const Tensor& confidence_base, const Tensor& confidence_w,
                                                const Bias& packed) {
   const int64_t R = base.size(0), K = base.size(1), V = base.size(2), rank = w1.size(1);
@@ -292,11 +259,12 @@ std::tuple<Tensor, Tensor, Tensor> draft_chain(const Tensor& base, const Tensor&
   const bool sees_token = confidence_w.numel() > 0;
   Tensor padded = at::zeros({(rank + LANES - 1) / LANES * LANES}, confidence.options());
   if (sees_token) padded.slice(0, 0, rank).copy_(confidence_w);
-  const Tensor basec = base.contiguous(), anchorc = anchor.contiguous(), temperaturec = temperature.contiguous(),
+  const Tensor basec = base.contiguous(), anchorc = anchor.contiguous(), knobsc = knobs.contiguous(),
                uniformc = uniform.contiguous(), keyc = key ? key->contiguous() : Tensor();
   const int threads = thread_count();
   const int64_t* anchors = anchorc.const_data_ptr<int64_t>();
-  const double *heats = temperaturec.const_data_ptr<double>(), *uniforms = uniformc.const_data_ptr<double>();
+  const Knobs* of = reinterpret_cast<const Knobs*>(knobsc.const_data_ptr<double>());
+  const double* uniforms = uniformc.const_data_ptr<double>();
   const int64_t* keys = key ? keyc.const_data_ptr<int64_t>() : nullptr;
   const float* seen = padded.const_data_ptr<float>();
   int64_t* tokens = token.data_ptr<int64_t>();
@@ -307,13 +275,13 @@ std::tuple<Tensor, Tensor, Tensor> draft_chain(const Tensor& base, const Tensor&
                  *tiles = packed ? packed->const_data_ptr<Scalar>() : nullptr;
     if (tiles && (top <= 0 || top >= V)) {
       Team team;
-      WholeChain<Scalar> chain{logits, first, tiles, anchors, heats, uniforms, keys, seen, R, K, V, rank, tokens, laws,
+      WholeChain<Scalar> chain{logits, first, tiles, anchors, of, uniforms, keys, seen, R, K, V, rank, tokens, laws,
                                sees_token ? confidences : nullptr, team};
       return team.run([&](int64_t id) { chain.run(id); });
     }
 #pragma omp parallel for num_threads(threads) if (threads > 1 && R > 1)
     for (int64_t r = 0; r < R; ++r)
-      chain_of(logits + r * K * V, first, second, anchors[r], K, V, rank, top, heats[r], uniforms + r * K, keys ? keys + r * K : nullptr, seen,
+      chain_of(logits + r * K * V, first, second, anchors[r], K, V, rank, top, of[r], uniforms + r * K, keys ? keys + r * K : nullptr, seen,
                tokens + r * K, laws + r * K * V, sees_token ? confidences + r * K : nullptr);
   };
   if (base.scalar_type() == at::kFloat) run_all(float{});

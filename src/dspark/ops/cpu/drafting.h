@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor> draft_block(const Tensor& anchor, const Tensor& posit
 
 // The sequential head as one round needs it; `seen` is the confidence head's row [D + r], its bias behind it.
 struct Head {
-  const Tensor &w1, &packed, &temperature, &uniform, &seen;
+  const Tensor &w1, &packed, &knobs, &uniform, &seen;
   const int64_t* key;
 };
 
@@ -141,7 +141,7 @@ class DraftRound {
         hidden(new Scalar[R * K * s.D]), base(new Scalar[R * K * s.V]), seen(head.seen.const_data_ptr<float>()),
         confidence_w((rank + LANES - 1) / LANES * LANES, 0.0f),
         chain{base.get(), head.w1.const_data_ptr<Scalar>(), head.packed.const_data_ptr<Scalar>(), block.token,
-              head.temperature.const_data_ptr<double>(), head.uniform.const_data_ptr<double>(), head.key,
+              reinterpret_cast<const Knobs*>(head.knobs.const_data_ptr<double>()), head.uniform.const_data_ptr<double>(), head.key,
               confidence_w.data(),
               R, K, s.V, rank, token.data_ptr<int64_t>(), q.data_ptr<float>(), confidence.data_ptr<float>(), team} {
     std::copy_n(seen + s.D, rank, confidence_w.begin());
@@ -182,12 +182,12 @@ class DraftRound {
 std::tuple<Tensor, Tensor, Tensor> draft_round(at::TensorList pending, const Tensor& fc, const Tensor& context_norm,
                                                const Tensor& anchor, const Tensor& position, const Tensor& table,
                                                int64_t mask, const Tensor& w1, const Tensor& packed,
-                                               const Tensor& temperature, const Tensor& uniform,
+                                               const Tensor& knobs, const Tensor& uniform,
                                                const std::optional<Tensor>& key, const Tensor& seen,
                                                const Tensor& constants) {
   const Constants constant(constants);
   const Sizes s = constant.sizes(false);
-  const Tensor uniforms = uniform.contiguous(), heats = temperature.contiguous(), pages = table.contiguous();
+  const Tensor uniforms = uniform.contiguous(), own = knobs.contiguous(), pages = table.contiguous();
   const Tensor keys = key ? key->contiguous() : Tensor();
   const Block block(anchor, position, uniforms.size(1), mask);
   constant.check_positions(block.places.data(), block.T);
@@ -199,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> draft_round(at::TensorList pending, const Ten
     of_context.norm = context_norm.const_data_ptr<Scalar>();
     const Rows<Scalar> in = block.rows<Scalar>(pages);
     Team team;
-    DraftRound<Scalar> round(s, w, in, {w1, packed, heats, uniforms, seen, key ? keys.const_data_ptr<int64_t>() : nullptr},
+    DraftRound<Scalar> round(s, w, in, {w1, packed, own, uniforms, seen, key ? keys.const_data_ptr<int64_t>() : nullptr},
                              block.width, team);
     std::optional<Context<Scalar>> context;
     Rows<Scalar> late;

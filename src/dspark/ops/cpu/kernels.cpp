@@ -16,6 +16,7 @@
 #include "products.h"
 #include "race.h"
 #include "sampling.h"
+#include "truncation.h"
 #include "verdict.h"
 #include "walk.h"
 
@@ -31,7 +32,7 @@ TORCH_LIBRARY_FRAGMENT(dspark, library) {
       "ragged_attention(Tensor q, Tensor k, Tensor v, Tensor pool_k, Tensor pool_v, Tensor table, Tensor cu, "
       "Tensor context, int page_size, float scale, bool causal, int window, float softcap) -> Tensor");
   library.def(
-      "draft_chain(Tensor base, Tensor w1, Tensor w2, Tensor anchor, Tensor temperature, Tensor uniform, Tensor? key, "
+      "draft_chain(Tensor base, Tensor w1, Tensor w2, Tensor anchor, Tensor knobs, Tensor uniform, Tensor? key, "
       "int top, Tensor confidence_base, Tensor confidence_w, Tensor? packed) -> (Tensor, Tensor, Tensor)");
   library.def(
       "decoder(Tensor token, Tensor position, Tensor slot, Tensor table, Tensor cu, Tensor context, Tensor rows, "
@@ -43,14 +44,14 @@ TORCH_LIBRARY_FRAGMENT(dspark, library) {
       "-> (Tensor, Tensor)");
   library.def(
       "draft_round(Tensor[] pending, Tensor fc, Tensor context_norm, Tensor anchor, Tensor position, Tensor table, "
-      "int mask, Tensor w1, Tensor packed, Tensor temperature, Tensor uniform, Tensor? key, Tensor seen, "
+      "int mask, Tensor w1, Tensor packed, Tensor knobs, Tensor uniform, Tensor? key, Tensor seen, "
       "Tensor constants) -> (Tensor, Tensor, Tensor)");
   library.def("uniforms(int[] seeds, int[] counters, int[] offsets, int[] streams) -> Tensor");
   library.def("race_keys(int[] seeds, int[] counters, int[] raced, int width, int stream) -> Tensor");
   library.def("exponentials(Tensor key, int vocabulary) -> Tensor");
   library.def("nucleus(Tensor probability, Tensor top_p) -> Tensor");
   library.def(
-      "verdict(Tensor logits, int[] plan, Tensor token, Tensor q, Tensor temperature, Tensor accept, Tensor final_u, "
+      "verdict(Tensor logits, int[] plan, Tensor token, Tensor q, Tensor knobs, Tensor accept, Tensor final_u, "
       "Tensor? key) -> (Tensor, Tensor)");
   library.def(
       "calibrated(Tensor raw, int[] place, Tensor first, Tensor then, int[] curved, Tensor[] curves, float least) -> "

@@ -1,11 +1,11 @@
 // Random numbers of a round, and where a truncated law ends.
 #pragma once
 
-#include <algorithm>
-#include <functional>
 #include <vector>
 
-#include "chain.h"
+#include "race.h"
+#include "team.h"
+#include "truncation.h"
 
 namespace {
 
@@ -19,25 +19,6 @@ Tensor uniforms(at::IntArrayRef seeds, at::IntArrayRef counters, at::IntArrayRef
       *to++ = (double(bits) + 0.5) * 0x1p-52;
     }
   return out;
-}
-
-// The last of the fewest largest values whose sum, from the largest down, reaches `mass`; 0 if all do not reach it.
-float nucleus_of(const float* p, int64_t V, double mass, std::vector<float>& kept) {
-  constexpr int BUCKETS = 4096, SHIFT = 20;
-  double sums[BUCKETS] = {};
-  for (int64_t v = 0; v < V; ++v) sums[rank_of(p[v]) >> SHIFT] += p[v];
-  int bucket = BUCKETS - 1;
-  // one bucket more than its rounded sum asks for: only the sum in order decides
-  for (double sum = sums[bucket]; bucket > 0 && sum < mass * (1 + 1e-9); sum += sums[--bucket]) {}
-  const uint32_t lowest = uint32_t(bucket) << SHIFT;
-  kept.clear();
-  for (int64_t v = 0; v < V; ++v)
-    if (rank_of(p[v]) >= lowest) kept.push_back(p[v]);
-  std::sort(kept.begin(), kept.end(), std::greater<float>());
-  double seen = 0;
-  for (const float value : kept)
-    if ((seen += value) >= mass) return value;
-  return 0.0f;
 }
 
 // Thresholds [B, 1] of top-p [B, 1]; 0 for rows without.
