@@ -99,11 +99,6 @@ class SamplingParams:
         """Whether shaping needs this request's token counts."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
-    @property
-    def tempered(self) -> bool:
-        """Whether nothing but temperature, truncation and a grammar shapes this request's law."""
-        return not (self.penalized or self.logit_bias)
-
     def check_vocabulary(self, vocabulary: int) -> None:
         """Raise UserError if a token id named here is not one of the model's `vocabulary` tokens."""
         for name, tokens in (("logit_bias", self.logit_bias or {}), ("stop_token_ids", self.stop_token_ids)):

@@ -48,7 +48,7 @@ class DraftContext:
     request_ids: Sequence[int]
     history: Sequence[Sequence[int]]  # committed token ids of each request, anchor last
     sampler: TokenSampler
-    tempered: Tempered | None = None  # how `sampler` draws, where temperature and `rules` alone shape every law
+    tempered: Tempered | None = None  # how `sampler` draws, for a drafter that draws by itself; `rules` come on top
     rules: Rules | None = None  # which `sampler` keeps; a drafter that draws by itself has to
     wanted: bool = True  # whether anyone reads the confidences; a drafter may save what only they need
     going_on: GoingOn | None = None  # asked between two slots by drafters to which a slot is a forward of its own

@@ -20,7 +20,7 @@ from dspark.drafters.native import NativeRound, Rows, stack_of
 from dspark.drafters.signal import LARGEST, Signal
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
-from dspark.ops.chain import Tempered, draft_chain
+from dspark.ops.chain import Tempered, draft_chain, has_kernel
 from dspark.ops.linear import pack, pack_linears, packable
 
 
@@ -91,15 +91,17 @@ class DSpark(nn.Module):
     @torch.inference_mode()
     def propose(self, context: DraftContext) -> Draft:
         tempered, rules, head = context.tempered, context.rules, self.confidence_head
-        if self._round is not None and tempered is not None and rules is None:
+        if self._round is not None and tempered is not None and tempered.adjusted is None and rules is None:
             pending, self._pending = self._pending, ()
             return self._round(pending, context, tempered)
         self._catch_up()
         hidden_RKD, base_RKV = self.body.draft(context)
-        if tempered is None or head is None or type(self.markov_head) is not VanillaMarkov:
+        if tempered is None or head is None or type(self.markov_head) is not VanillaMarkov or not has_kernel(base_RKV):
             return self.sequential(context, hidden_RKD, base_RKV)
         if rules is not None and self.packed_w2 is None:  # whoever restricts a slot looks at unmasked base logits
             return self.sequential(context, hidden_RKD, base_RKV)
+        if tempered.adjusted is not None:
+            base_RKV = tempered.adjusted(base_RKV)
         return self.chain(context.anchor_R, hidden_RKD, base_RKV, tempered, head, rules)
 
     def chain(
@@ -111,7 +113,7 @@ class DSpark(nn.Module):
         head: ConfidenceHead,
         rules: Rules | None = None,
     ) -> Draft:
-        """What `sequential` does, by a kernel, for a vanilla head and requests whose laws knobs alone shape.
+        """What `sequential` does, by a kernel, for a vanilla head.
 
         In one call, or with rules in one a slot: a base logit of −inf is a token that is not drawn.
         """

@@ -6,7 +6,7 @@ B rows, R requests, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from dspark.drafters.base import Draft
 from dspark.engine.request import Request
 from dspark.ops.history import Counted, History
-from dspark.ops.sampling import Shaping, shape
+from dspark.ops.sampling import Shaping, adjust, shape
 from dspark.speculation.grammar import Guide
 from dspark.speculation.noise import RoundNoise
 
@@ -31,7 +31,6 @@ class Group:
     coupled: list[bool]
     greedy: list[bool]
     guided: bool = False  # whether any of them has a grammar
-    repeated: dict[tuple[int, ...], Shaping] = field(default_factory=dict)  # shaping by rows per request
 
     @staticmethod
     def of(requests: Sequence[Request], device: torch.device) -> Group:
@@ -44,14 +43,6 @@ class Group:
             [p.temperature == 0 for p in params],
             any(request.matcher is not None for request in requests),
         )
-
-    def rows(self, rows: tuple[int, ...]) -> Shaping:
-        """The shaping with request r repeated rows[r] times."""
-        if rows not in self.repeated:
-            if len(self.repeated) >= REMEMBERED:
-                self.repeated.clear()
-            self.repeated[rows] = self.shaping.repeat(rows)
-        return self.repeated[rows]
 
 
 class Laws:
@@ -106,18 +97,27 @@ class Laws:
         return Guide([request.matcher for request in requests]) if self.group(requests).guided else None
 
     def target(
-        self,
-        requests: Sequence[Request],
-        logits_BV: Tensor,
-        draft: Draft | None,
-        plan: Sequence[int],
+        self, requests: Sequence[Request], logits_BV: Tensor, draft: Draft | None, plan: Sequence[int]
     ) -> Tensor:
         """The law of the next token at every row, [B, V]: what the text must follow."""
-        shaping = self.group(requests).rows(tuple(1 + length for length in plan))
+        return shape(logits_BV, *self._rows(requests, draft, plan))
+
+    def adjusted(
+        self, requests: Sequence[Request], logits_BV: Tensor, draft: Draft | None, plan: Sequence[int]
+    ) -> Tensor:
+        """The logits [B, V] after penalties and biases, which no kernel knows."""
+        if not self.group(requests).shaping.adjusts:
+            return logits_BV
+        return adjust(logits_BV, *self._rows(requests, draft, plan))
+
+    def _rows(
+        self, requests: Sequence[Request], draft: Draft | None, plan: Sequence[int]
+    ) -> tuple[Shaping, History | None]:
+        """Shaping and history of every row."""
         history = self.history(requests)
         if history is not None:
             history = history.rows(plan, draft.token_RK if draft is not None else None)
-        return shape(logits_BV, shaping, history)
+        return self.group(requests).shaping.repeat(tuple(1 + length for length in plan)), history
 
 
 def padded(draft: Draft, requests: int) -> Draft:

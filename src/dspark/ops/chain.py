@@ -1,11 +1,12 @@
-"""Draws a block left to right under a vanilla Markov head, for requests whose laws knobs alone shape.
+"""Draws a block left to right under a vanilla Markov head, as requests sample.
 
 R requests, K block slots, C candidates, V vocabulary, r Markov rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,16 +21,19 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Tempered:
-    """How requests sample when nothing but temperature and truncation shapes their laws."""
+    """How requests sample, as numbers that a kernel can draw by."""
 
     knobs_R4: Tensor  # float64: temperature, top-k, top-p, min-p (`Shaping.knobs_R4`)
     uniform_RK: Tensor  # float64 in (0, 1], one number a draw
     key_RK: Tensor | None = None  # int64: of the race that is run instead (`ops.races`), 0 where none is; None: nowhere
+    adjusted: Callable[[Tensor], Tensor] | None = (
+        None  # logits [R, K, V] after penalties and biases; None: there are none
+    )
 
     def slots(self, which: slice) -> Tempered:
         """The numbers of some slots."""
         keys = self.key_RK if self.key_RK is None else self.key_RK[:, which]
-        return Tempered(self.knobs_R4, self.uniform_RK[:, which], keys)
+        return replace(self, uniform_RK=self.uniform_RK[:, which], key_RK=keys)
 
 
 def draft_chain(
@@ -51,11 +55,15 @@ def draft_chain(
     (eq. 7); an empty `confidence_r` leaves them as they are. `packed` is `ops.linear.pack(w2_Vr)`, five times as fast
     without a restriction.
     """
-    kernel = base_RKV.device.type == "cpu" and base_RKV.dtype in KERNEL_DTYPES and load_kernels()
     arguments = (base_RKV, w1_Vr, w2_Vr, anchor_R, tempered.knobs_R4, tempered.uniform_RK, tempered.key_RK, top)
-    if kernel:
+    if has_kernel(base_RKV):
         return torch.ops.dspark.draft_chain(*arguments, confidence_RK, confidence_r, packed)
     return draft_chain_plain(*arguments, confidence_RK, confidence_r)
+
+
+def has_kernel(base_RKV: Tensor) -> bool:
+    """Whether these logits are drawn from by the kernel; its plain twin is there to say what it does."""
+    return base_RKV.device.type == "cpu" and base_RKV.dtype in KERNEL_DTYPES and load_kernels()
 
 
 def draft_chain_plain(

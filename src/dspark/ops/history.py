@@ -50,12 +50,12 @@ class History:
         request = [r for r, length in enumerate(plan) for _ in range(1 + length)]
         depth = [k for length in plan for k in range(1 + length)]
         expanded = self.select(request)
-        for slot in range(max(plan, default=0)):
+        drafted = [(row, request[row], slot) for row, k in enumerate(depth) for slot in range(k)]
+        if drafted:
             assert token_RK is not None, "a plan above 0 needs drafted tokens"
-            after = torch.tensor([row for row, k in enumerate(depth) if k > slot], device=token_RK.device)
-            requests = torch.tensor([r for r, k in zip(request, depth, strict=True) if k > slot], device=after.device)
-            one = torch.ones(len(after), dtype=self.output_BV.dtype, device=after.device)
-            expanded.output_BV.index_put_((after, token_RK[requests, slot]), one, accumulate=True)
+            row_N, request_N, slot_N = torch.tensor(drafted, device=token_RK.device).T
+            one_N = torch.ones(len(drafted), dtype=self.output_BV.dtype, device=token_RK.device)
+            expanded.output_BV.index_put_((row_N, token_RK[request_N, slot_N]), one_N, accumulate=True)
         return expanded
 
 

@@ -6,7 +6,7 @@ B rows, V vocabulary. Every step works row by row, so a row's law does not depen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -19,6 +19,7 @@ from dspark.ops.rows import argmax
 from dspark.ops.truncation import truncate
 
 Bias = tuple[Tensor, Tensor, Tensor]  # rows, tokens (int64) and values (float64) of the biased logits
+REMEMBERED = 32  # numbers of rows whose repeated shaping is kept
 _NO_TOP_K, _NO_TOP_P = float(1 << 40), 0.0  # above any vocabulary; less than any mass
 
 
@@ -36,6 +37,7 @@ class Shaping:
     top_p: bool
     min_p: bool
     penalized: bool
+    _repeated: dict[tuple[int, ...], Shaping] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> Shaping:
@@ -68,15 +70,18 @@ class Shaping:
         )
 
     @cached_property
-    def knobs_R4(self) -> Tensor | None:
-        """Float64 temperature, top_k, top_p and min_p as the kernels read them, if nothing else shapes any row's law.
+    def knobs_R4(self) -> Tensor:
+        """Float64 temperature, top_k, top_p and min_p of each row, as the round kernels read them.
 
         A temperature of 0 stands for the largest logit; a top_k above the vocabulary, a top_p and min_p of 0 for all.
         """
-        if not all(p.tempered for p in self.params):
-            return None
         knobs_PB = self.knobs_PB1[:, :, 0]
         return torch.stack([knobs_PB[0] * (1 - knobs_PB[1]), *knobs_PB[2:5]], 1).contiguous()
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether any row's logits change before the temperature: `adjust`."""
+        return self.penalized or self.bias is not None
 
     @property
     def truncated(self) -> bool:
@@ -85,12 +90,20 @@ class Shaping:
 
     def repeat(self, rows: Sequence[int]) -> Shaping:
         """The shaping of a batch in which row b comes rows[b] times in a row (one request's 1 + ℓ positions)."""
+        key = tuple(rows)
+        if key not in self._repeated:
+            if len(self._repeated) >= REMEMBERED:
+                self._repeated.clear()
+            self._repeated[key] = self._repeat(key)
+        return self._repeated[key]
+
+    def _repeat(self, rows: Sequence[int]) -> Shaping:
         params = tuple(p for p, n in zip(self.params, rows, strict=True) for _ in range(n))
         if not (self.tempered or self.mixed or self.top_k or self.top_p or self.min_p or self.penalized or self.bias):
-            return replace(self, params=params)  # no step reads the knobs
+            return replace(self, params=params, _repeated={})  # no step reads the knobs
         index_B = torch.tensor([b for b, n in enumerate(rows) for _ in range(n)])
         knobs_PB1 = self.knobs_PB1.index_select(1, index_B.to(self.knobs_PB1.device))
-        return replace(self, params=params, knobs_PB1=knobs_PB1, bias=_bias(params, knobs_PB1.device))
+        return replace(self, params=params, knobs_PB1=knobs_PB1, bias=_bias(params, knobs_PB1.device), _repeated={})
 
 
 def _bias(params: Sequence[SamplingParams], device: torch.device | str) -> Bias | None:
@@ -110,13 +123,7 @@ def shape(logits_BV: Tensor, shaping: Shaping, history: History | None = None) -
     as the last one that top-k or top-p keeps are kept as well, so that no order among equals matters.
     `history` has the tokens before each row, those drafted in the same block included; only penalties need it.
     """
-    x_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
-    if shaping.penalized:
-        assert history is not None, "penalties need the token counts of each row"
-        x_BV = _penalize(x_BV, shaping, history)
-    if shaping.bias is not None:
-        rows, tokens, values = shaping.bias
-        x_BV = x_BV.index_put((rows, tokens), values.to(x_BV.dtype), accumulate=True)
+    x_BV = adjust(logits_BV, shaping, history)
     if shaping.greedy:
         return _one_hot(x_BV)
     tempered_BV = x_BV / shaping.knobs_PB1[0].to(x_BV.dtype) if shaping.tempered else x_BV
@@ -130,6 +137,18 @@ def shape(logits_BV: Tensor, shaping: Shaping, history: History | None = None) -
     if shaping.mixed:
         probability_BV = torch.where(shaping.knobs_PB1[1] > 0, _one_hot(x_BV), probability_BV)
     return probability_BV
+
+
+def adjust(logits_BV: Tensor, shaping: Shaping, history: History | None = None) -> Tensor:
+    """The logits after penalties and bias, float32 [B, V], or float64: the part of `shape` before the temperature."""
+    x_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
+    if shaping.penalized:
+        assert history is not None, "penalties need the token counts of each row"
+        x_BV = _penalize(x_BV, shaping, history)
+    if shaping.bias is not None:
+        rows, tokens, values = shaping.bias
+        x_BV = x_BV.index_put((rows, tokens), values.to(x_BV.dtype), accumulate=True)
+    return x_BV
 
 
 def _one_hot(x_BV: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dspark.ops.chain import Tempered
 from dspark.ops.history import History
-from dspark.ops.sampling import Shaping, shape
+from dspark.ops.sampling import Shaping, adjust, shape
 from dspark.speculation.grammar import Guide
 from dspark.speculation.noise import RoundNoise
 
@@ -26,13 +26,21 @@ class DraftSampler:
         self.guide = guide  # where a request has a grammar
 
     @property
-    def tempered(self) -> Tempered | None:
-        """Knobs and numbers of every request, where nothing else but its grammar shapes a law; else None."""
-        knobs_R4 = self.shaping.knobs_R4
-        if knobs_R4 is None:
-            return None
+    def tempered(self) -> Tempered:
+        """How every request draws, for drafters that draw by themselves; `draw` does the rest."""
         keys = self.noise.keys
-        return Tempered(knobs_R4, self.noise.draft_RK, keys if keys is None else keys[:, :-1])
+        adjusted = self._adjusted if self.shaping.adjusts else None
+        return Tempered(self.shaping.knobs_R4, self.noise.draft_RK, keys if keys is None else keys[:, :-1], adjusted)
+
+    def _adjusted(self, logits_RKV: Tensor) -> Tensor:
+        """A block's logits after biases and the penalties of the text before it; those of its own tokens stay away.
+
+        The law that a token is drawn from may be any: what is missed here, verification makes good.
+        """
+        requests, slots, vocabulary = logits_RKV.shape
+        history = self.history and self.history.select([r for r in range(requests) for _ in range(slots)])
+        adjusted_BV = adjust(logits_RKV.reshape(-1, vocabulary), self.shaping.repeat([slots] * requests), history)
+        return adjusted_BV.to(logits_RKV.dtype).view_as(logits_RKV)
 
     def draw(self, logits_RV: Tensor, slot: int) -> tuple[Tensor, Tensor]:
         """Draw slot `slot` of every request: (token_R, the law probability_RV it came from).

@@ -18,6 +18,7 @@ from dspark.drafters.native import native_block, native_context
 from dspark.models.batch import Ragged
 from dspark.ops.chain import Tempered
 from dspark.ops.cpu import load_kernels
+from dspark.ops.history import History
 from dspark.ops.linear import pack_linears
 from dspark.ops.races import race_keys
 from dspark.ops.sampling import Shaping
@@ -171,6 +172,28 @@ def test_a_block_with_grammars_is_drawn_by_the_kernel_slot_by_slot(temperature, 
     torch.testing.assert_close(one.confidence_RK, two.confidence_RK, rtol=1e-4, atol=1e-6)
     free = drafter.propose(replace(context, sampler=None, tempered=sampler.tempered))
     assert not torch.equal(free.token_RK[1], one.token_RK[1]), "the grammar forbade nothing: the test says less"
+
+
+def test_penalties_and_biases_reach_the_kernels_draft(monkeypatch):
+    """The first slot's law is the sampler's; later ones leave out what the block itself repeats."""
+    calls = []
+    chain = dspark.draft_chain
+    monkeypatch.setattr(dspark, "draft_chain", lambda *given: (calls.append(given), chain(*given))[1])
+    drafter, table_RP = drafter_of(torch.float32, 16, native=True), torch.arange(1, 15, dtype=torch.int32).view(2, 7)
+    params = [SamplingParams(frequency_penalty=1.5, presence_penalty=0.5), SamplingParams(logit_bias={7: 3.0}, top_k=9)]
+    history = History.of([[4], [8]], [[3, 3, 17] * 9, []], 90)
+    noise = RoundNoise.of([3, 4], [0, 0], [0, 0], [False, True], slots=5)
+    sampler = DraftSampler(Shaping.of(params), noise, history)
+    context = DraftContext(torch.tensor([4, 8]), torch.tensor([0, 0]), table_RP, 5, [0, 1], [], sampler)
+    one, two = (drafter.propose(replace(context, tempered=way)) for way in (sampler.tempered, None))
+    free = DraftSampler(Shaping.of([SamplingParams(), SamplingParams(top_k=9)]), noise)
+    other = drafter.propose(replace(context, sampler=None, tempered=free.tempered))
+    assert len(calls) == 1, "the requests without penalties draw in the round's kernel"
+    assert torch.equal(one.token_RK[:, 0], two.token_RK[:, 0])
+    torch.testing.assert_close(one.probability_RKV[:, 0], two.probability_RKV[:, 0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(one.probability_RKV.sum(2), torch.ones(2, 5))
+    assert (one.probability_RKV[0, :, 3] < 0.1 * other.probability_RKV[0, :, 3]).all()
+    assert ((one.probability_RKV[1] > 0).sum(1) <= 9).all()
 
 
 def test_a_drafter_of_another_block_is_left_to_the_compiler():
