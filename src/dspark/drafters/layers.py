@@ -166,9 +166,9 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, position: Tensor, dtype: torch.dtype) -> Rotary:
         """(cos, sin), each [..., 1, d], to be applied to every head."""
-        angle = position[..., None].float() * self.inverse_frequency.float()
-        both = torch.cat((angle, angle), dim=-1)[..., None, :]
-        return (both.cos() * self.scaling).to(dtype), (both.sin() * self.scaling).to(dtype)
+        angle = position[..., None, None].float() * self.inverse_frequency.float()
+        cos, sin = ((half * self.scaling).to(dtype) for half in (angle.cos(), angle.sin()))
+        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
 
 class Attention(nn.Module):

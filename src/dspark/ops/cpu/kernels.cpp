@@ -106,6 +106,10 @@ void dspark_serial_glue(int on) {
   }
 }
 
+// For tests: a region's fate is told, and for how many more the calling thread works alone.
+void dspark_crowd_tell(int64_t threads, int64_t took, int64_t waited) { crowd.tell(threads, took, waited); }
+int64_t dspark_crowd_alone() { return crowd.alone(); }
+
 AOTITorchError aoti_torch_cpu_linear(H x, H w, H* b, int64_t n, H* out) {
   AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({ *out = give(linear(get(x), get(w), maybe(b), n)); });
 }

@@ -132,10 +132,9 @@ void products_into(const Tensor& rows_x, std::vector<Product>& products, int64_t
   const Scalar* x = rows_x.const_data_ptr<Scalar>();
   int64_t tiles = 0, outputs = 0;
   for (const Product& p : products) tiles += (p.n + LANES - 1) / LANES, outputs += p.n;
-  const int threads = thread_count();
-#pragma omp parallel num_threads(threads) if (threads > 1 && tiles > 1 && outputs * K >= 16384)
-  {
-    const Share mine(tiles, omp_get_thread_num(), omp_get_num_threads());
+  Team team(tiles > 1 && outputs * K >= 16384);
+  team.run([&](int64_t id) {
+    const Share mine(tiles, id, team.size);
     const Operand<Scalar> operand(x, T, K);
     int64_t offset = 0;
     for (Product& p : products) {
@@ -152,7 +151,7 @@ void products_into(const Tensor& rows_x, std::vector<Product>& products, int64_t
         put(out + t * n + first, sums, count);
       });
     }
-  }
+  });
 }
 
 Product prepare(const Tensor& x, const Tensor& packed, const Bias& bias, int64_t n) {

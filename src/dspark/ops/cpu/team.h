@@ -9,6 +9,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "crowd.h"
+
 namespace {
 
 inline void breathe() {
@@ -24,14 +26,23 @@ inline int thread_count() { return kept_threads ? kept_threads : at::get_num_thr
 
 class Team {
  public:
-  // OpenMP must give as many threads as are waited for: one where it might give fewer.
-  Team() : size(omp_in_parallel() || omp_get_dynamic() ? 1 : std::min(thread_count(), omp_get_thread_limit())) {}
+  // One thread where more are not `worth` it, or where OpenMP might give fewer than are waited for.
+  explicit Team(bool worth = true)
+      : size(!worth || omp_in_parallel() || omp_get_dynamic()
+                 ? 1
+                 : crowd.size(std::min<int64_t>(thread_count(), omp_get_thread_limit()))) {}
 
   // Every thread of a parallel region does `work` with its number.
   template <typename Work>
   void run(const Work& work) {
+    if (size == 1) return work(0);
+    const int64_t started = nanoseconds();
 #pragma omp parallel num_threads(size)
-    work(int64_t(omp_get_thread_num()));
+    {
+      work(int64_t(omp_get_thread_num()));
+      meet();
+    }
+    crowd.tell(size, nanoseconds() - started, waited / (size - 1));
   }
 
   // Returns once every thread of the team has come here.
@@ -43,10 +54,13 @@ class Team {
       turn.store(now + 1, std::memory_order_release);
       return;
     }
-    // on a busy machine the one who is missing may need this very core
-    for (int64_t spins = 0; turn.load(std::memory_order_acquire) == now; ++spins)
-      if (spins < PATIENCE) breathe();
-      else sched_yield();
+    for (int64_t spins = 0; spins < PATIENCE; ++spins) {
+      if (turn.load(std::memory_order_acquire) != now) return;
+      breathe();
+    }
+    const int64_t since = nanoseconds();
+    while (turn.load(std::memory_order_acquire) == now) sched_yield();  // the one who is missing may need this very core
+    waited.fetch_add(nanoseconds() - since, std::memory_order_relaxed);
   }
 
   const int64_t size;
@@ -55,6 +69,7 @@ class Team {
   static constexpr int64_t PATIENCE = 4096;
   alignas(64) std::atomic<int64_t> arrived{0};
   alignas(64) std::atomic<int64_t> turn{0};
+  alignas(64) std::atomic<int64_t> waited{0};  // ns, of all threads, beyond their patience
 };
 
 // The part [begin, end) of `count` things that falls to thread `id` of `size`.
