@@ -8,12 +8,13 @@
 namespace {
 
 inline int64_t nanoseconds() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  const auto since = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(since).count();
 }
 
-// What the regions of one calling thread went through. A step of two threads beside two busy processes took ten times as
-// long as alone: every meeting waits for the scheduler's next slice. Where n threads stand still for w of their time t,
-// because one of them does not run, they do in t what one does in n (t - w): where that is less than t, one is sooner.
+// What the regions of one calling thread went through. Beside three busy processes a step of two threads took eight times
+// as long: every meeting waits for the scheduler's next slice. Where n threads stand still for w of their time t, because
+// one of them does not run, they do in t what one does in n (t - w): where that is less than t, one is sooner.
 class Crowd {
  public:
   // Threads of the next region.
