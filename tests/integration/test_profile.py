@@ -116,6 +116,14 @@ def test_a_profile_holds_what_took_about_as_long_as_it_says(measured):
     assert measured.holds([])
 
 
+def test_a_profile_of_fewer_requests_is_measured_anew_and_one_of_more_will_do(cache):
+    small, large = engine("dspark", max_running=1, pages=800), engine("dspark", max_running=8, pages=800)
+    assert ensure_profile(small, seconds=0.05).requests == 1
+    assert cached_profile(large) is None
+    assert max(ensure_profile(large, seconds=2.0).cost.draft_requests) == 8
+    assert cached_profile(small) == cached_profile(large) and cached_profile(small).requests == 8
+
+
 def test_what_differs_is_said(measured, tmp_path):
     measured.save(tmp_path / "profile.json")
     loaded = Profile.load(tmp_path / "profile.json")

@@ -43,6 +43,11 @@ def sweep(core: EngineCore, seconds: float, tick: Callable[[float], None] | None
     return steps
 
 
+def most_requests(core: EngineCore) -> int:
+    """The most requests that `sweep` measures, if its time allows."""
+    return _Bench(core, _Script(), lambda: None).most
+
+
 def glance(core: EngineCore) -> list[StepTime]:
     """One request's fastest step without a draft and with a whole block: what an undisturbed machine takes today.
 
@@ -125,6 +130,13 @@ class _Bench:
         """Tokens that one request may grow by while it is measured."""
         return (1 + STRETCH) * max(PASSES * len(self.lengths(1)), 2 * GLANCES) * (self.block + 1)
 
+    @property
+    def most(self) -> int:
+        """The most requests that fit the engine while they are measured."""
+        config = self.core.config
+        each = -(-(self.prompt + self.reach) // config.page_size)
+        return max(1, min(config.max_running, self.core.intake.capacity // each, config.max_step_tokens))
+
     def lengths(self, requests: int) -> list[int]:
         """The lengths that are drafted and verified with so many requests."""
         if requests <= 2:
@@ -133,11 +145,8 @@ class _Bench:
 
     def sweep(self, deadline: float) -> None:
         """Few requests first, so that a slow machine has measured those when its time is up."""
-        config = self.core.config
-        capacity = self.core.intake.capacity
-        each = -(-(self.prompt + self.reach) // config.page_size)
-        most = max(1, min(config.max_running, capacity // each, config.max_step_tokens))
-        counts = [2**i for i in range(most.bit_length()) if 2**i <= most]
+        capacity, config = self.core.intake.capacity, self.core.config
+        counts = [2**i for i in range(self.most.bit_length())]
         share = (deadline - time.perf_counter()) / (len(counts) + 1)
         for number, requests in enumerate(counts):
             if number > 1 and time.perf_counter() > deadline:

@@ -13,7 +13,7 @@ from typing import Any
 from dspark.common.errors import UserError
 from dspark.common.files import replacing_file
 from dspark.common.provenance import device_name, provenance
-from dspark.engine.measuring import glance, sweep
+from dspark.engine.measuring import glance, most_requests, sweep
 from dspark.engine.step import EngineCore
 from dspark.ops.cpu import cache_directory, machine_key
 from dspark.speculation.cost import StepCost, StepTime
@@ -33,6 +33,7 @@ class Profile:
     identity: dict[str, str]
     seconds: float = 0.0  # that measuring took
     steps: int = 0  # measured
+    requests: int = 0  # the most that were to be measured; an engine of more asks for another profile
 
     def check(self, core: EngineCore, source: str | Path = "the profile") -> None:
         """Raises UserError, saying what differs, if it was measured for another engine."""
@@ -58,7 +59,12 @@ class Profile:
     def save(self, path: str | Path) -> None:
         """Write JSON."""
         held: dict[str, Any] = {"format": FORMAT, "identity": self.identity}
-        held |= {"seconds": round(self.seconds, 3), "steps": self.steps, "cost": self.cost.as_dict()}
+        held |= {
+            "seconds": round(self.seconds, 3),
+            "steps": self.steps,
+            "requests": self.requests,
+            "cost": self.cost.as_dict(),
+        }
         with replacing_file(path) as fresh:
             fresh.write_text(json.dumps(held, indent=1), encoding="utf-8")
 
@@ -75,7 +81,8 @@ class Profile:
         if not isinstance(held, dict) or held.get("format") != FORMAT or not isinstance(held.get("identity"), dict):
             raise UserError(f"{path} is no profile of format {FORMAT}; {way_out}")
         cost = StepCost.of_dict(held.get("cost"), path)
-        return Profile(cost, held["identity"], float(held.get("seconds", 0)), int(held.get("steps", 0)))
+        seconds, counts = float(held.get("seconds", 0)), (int(held.get(name, 0)) for name in ("steps", "requests"))
+        return Profile(cost, held["identity"], seconds, *counts)
 
 
 def identity(core: EngineCore, *, compiled: bool | None = None) -> dict[str, str]:
@@ -95,7 +102,10 @@ def identity(core: EngineCore, *, compiled: bool | None = None) -> dict[str, str
 
 
 def cached_profile(core: EngineCore, *, compiled: bool | None = None) -> Profile | None:
-    """The profile kept for an engine like this, or as it will be; None where there is none, or a damaged one."""
+    """The profile kept for an engine like this, or as it will be; None where there is none, or a damaged one.
+
+    One that was measured with fewer requests than this engine may run knows too little.
+    """
     wanted = identity(core, compiled=compiled)
     path = _kept_at(wanted)
     if not path.is_file():
@@ -104,7 +114,7 @@ def cached_profile(core: EngineCore, *, compiled: bool | None = None) -> Profile
         found = Profile.load(path)
     except UserError:
         return None
-    return found if found.identity == wanted else None
+    return found if found.identity == wanted and found.requests >= most_requests(core) else None
 
 
 def keep(profile: Profile) -> Path:
@@ -134,7 +144,7 @@ def measure(core: EngineCore, *, seconds: float = SECONDS, tick: Callable[[float
     """
     started = time.perf_counter()
     steps = sweep(core, seconds, tick)
-    return Profile(fit_cost(steps), identity(core), time.perf_counter() - started, len(steps))
+    return Profile(fit_cost(steps), identity(core), time.perf_counter() - started, len(steps), most_requests(core))
 
 
 def _shapes(model: object) -> str:
