@@ -7,9 +7,7 @@ from pathlib import Path
 from dspark.engine.config import WORTH_COMPILING
 from dspark.engine.profile import Profile, cached_profile, ensure_profile, measure
 from dspark.engine.step import EngineCore
-from dspark.speculation.acceptance import Acceptance
 from dspark.speculation.calibration import Calibration
-from dspark.speculation.joint import Joint
 from dspark.speculation.live_cost import LiveCost
 from dspark.speculation.online import OnlineCalibration
 from dspark.speculation.planner import AUTO, needs_cost, parse_planner
@@ -48,10 +46,9 @@ def plan_with(
         path, profile = profile, Profile.load(profile)
         profile.check(core, path)
     live = LiveCost(profile.cost, split=core.target.device.type == "cpu")
-    core.planning.planner = made = parse_planner(planner, live)
-    core.planning.calibration = OnlineCalibration(calibration or Calibration(core.drafter.block_size, {}))
-    if isinstance(made, Joint) and calibration is not None:
-        made.acceptance = Acceptance(lambda kind: calibration.expected(*kind))
+    known = calibration or Calibration(core.drafter.block_size, {})
+    core.planning.planner = parse_planner(planner, live, lambda kind: known.expected(*kind))
+    core.planning.calibration = OnlineCalibration(known)
     core.planning.live = live
     core.meter, core.metering = live.observe, METERING
     return live

@@ -19,9 +19,7 @@ from dspark.engine.config import EngineConfig
 from dspark.engine.planning import Planning
 from dspark.engine.prefix import PagePool
 from dspark.engine.request import Request
-from dspark.speculation.acceptance import Acceptance
 from dspark.speculation.cost import StepCost, StepTime
-from dspark.speculation.joint import Joint
 from dspark.speculation.planner import parse_planner
 from dspark.speculation.round_trace import RoundTrace
 from dspark.speculation.verify import Verdict
@@ -89,9 +87,8 @@ class Replica:
         self.page_size = config.page_size
         pool = PagePool(config.pages, config.page_size, remember=False)
         self.admission = Admission(pool, config, block_size=trace.block)
-        self.planning = Planning(parse_planner(planner, cost))
-        if isinstance(self.planning.planner, Joint):  # an engine knows as much from its calibration
-            self.planning.planner.acceptance = Acceptance(lambda kind: trace.acceptance)
+        # an engine knows as much of acceptance from its calibration
+        self.planning = Planning(parse_planner(planner, cost, lambda kind: trace.acceptance))
         self.clock = time.thread_time if planning_time else lambda: 0.0
         self.now = 0.0
         self.tokens = 0

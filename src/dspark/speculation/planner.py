@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dspark.common.errors import UserError
+from dspark.speculation.acceptance import Acceptance, First
 from dspark.speculation.cost import StepCost
 from dspark.speculation.joint import Joint
 from dspark.speculation.prices import Prices, Source
@@ -114,11 +115,11 @@ PLANNERS: dict[str, Callable[[str], Planner]] = {
     "fixed": lambda text: Fixed(_length(text)),
     "threshold": lambda text: Threshold(_confidence(text)),
 }
-PRICED: dict[str, Callable[[Prices], Planner]] = {
-    "greedy": Greedy,
-    "lagged": Lagged,
-    "lookahead": Lookahead,
-    "joint": Joint,
+PRICED: dict[str, Callable[[Prices, First | None], Planner]] = {
+    "greedy": lambda prices, _: Greedy(prices),
+    "lagged": lambda prices, _: Lagged(prices),
+    "lookahead": lambda prices, _: Lookahead(prices),
+    "joint": lambda prices, first: Joint(prices, Acceptance(first)),
 }
 AUTO = "auto"  # the engine's choice among these
 DEFAULT = AUTO  # of engines and commands
@@ -145,8 +146,11 @@ def check_planner(text: str) -> None:
         PLANNERS[name](argument)
 
 
-def parse_planner(text: str, cost: StepCost | Source | None = None) -> Planner:
-    """The planner a person names, such as "fixed:3" or "greedy"; else a UserError. Priced ones need the step's cost."""
+def parse_planner(text: str, cost: StepCost | Source | None = None, first: First | None = None) -> Planner:
+    """The planner a person names, such as "fixed:3" or "greedy"; else a UserError. Priced ones need the step's cost.
+
+    `first` is the guess, before any outcome, of what each slot's acceptance is, for those that decide who drafts.
+    """
     check_planner(text)
     name, _, argument = text.partition(":")
     if name in PLANNERS:
@@ -155,7 +159,7 @@ def parse_planner(text: str, cost: StepCost | Source | None = None) -> Planner:
         raise UserError("planner auto is chosen by an engine; name one of " + NAMES.removeprefix(f"{AUTO}, "))
     if cost is None:
         raise UserError(f"planner {name} weighs what a step costs; pass a profile, or one of none, full, fixed:N")
-    return PRICED[name](Prices(cost))
+    return PRICED[name](Prices(cost), first)
 
 
 def _length(text: str) -> int:
