@@ -26,9 +26,7 @@ class Tempered:
     knobs_R4: Tensor  # float64: temperature, top-k, top-p, min-p (`Shaping.knobs_R4`)
     uniform_RK: Tensor  # float64 in (0, 1], one number a draw
     key_RK: Tensor | None = None  # int64: of the race that is run instead (`ops.races`), 0 where none is; None: nowhere
-    adjusted: Callable[[Tensor], Tensor] | None = (
-        None  # logits [R, K, V] after penalties and biases; None: there are none
-    )
+    adjusted: Callable[[Tensor], Tensor] | None = None  # gives logits [R, K, V] their penalties and biases; None: none
 
     def slots(self, which: slice) -> Tempered:
         """The numbers of some slots."""
@@ -51,9 +49,9 @@ def draft_chain(
 
     Slot k draws from softmax((U_k + W2 W1[x_{k-1}]) / temperature), restricted to the `top` largest of U_k if top > 0
     (DSpark, eqs. 4–5) and truncated, by inverse CDF in token order, or where a key is given takes the winner of
-    law / exponential. Confidence logits are `confidence_RK` + W1[x_{k-1}]·confidence_r
-    (eq. 7); an empty `confidence_r` leaves them as they are. `packed` is `ops.linear.pack(w2_Vr)`, five times as fast
-    without a restriction.
+    law / exponential. Confidence logits are `confidence_RK` + W1[x_{k-1}]·confidence_r (eq. 7); an empty
+    `confidence_r` leaves them as they are. `packed` is `ops.linear.pack(w2_Vr)`, five times as fast without a
+    restriction. Penalties and biases are the caller's: `base_RKV` has them.
     """
     arguments = (base_RKV, w1_Vr, w2_Vr, anchor_R, tempered.knobs_R4, tempered.uniform_RK, tempered.key_RK, top)
     if has_kernel(base_RKV):
