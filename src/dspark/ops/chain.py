@@ -59,6 +59,16 @@ def draft_chain(
     return draft_chain_plain(*arguments, confidence_RK, confidence_r)
 
 
+def draw_slot(
+    logits_RV: Tensor, knobs_R4: Tensor, uniform_R: Tensor, key_R: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token each [R] and the laws they were drawn from [R, V]: a slot of `draft_chain` that no head changes.
+
+    Logits that are not numbers give the last token.
+    """
+    return torch.ops.dspark.draw_slot.default(logits_RV, knobs_R4, uniform_R, key_R)
+
+
 def has_kernel(base_RKV: Tensor) -> bool:
     """Whether these logits are drawn from by the kernel; its plain twin is there to say what it does."""
     return base_RKV.device.type == "cpu" and base_RKV.dtype in KERNEL_DTYPES and load_kernels()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dspark.ops.chain import Tempered
+from dspark.ops.chain import Tempered, draw_slot, has_kernel
 from dspark.ops.history import History
 from dspark.ops.sampling import Shaping, adjust, shape
 from dspark.speculation.grammar import Guide
@@ -49,10 +49,20 @@ class DraftSampler:
         """
         if self.guide is not None:
             logits_RV = self.guide.draft_logits(logits_RV, slot)
-        probability_RV = shape(logits_RV, self.shaping, self.history)
-        token_R = self.noise.pick(probability_RV, slot).clamp_(max=probability_RV.shape[1] - 1)
+        token_R, probability_RV = self._drawn(logits_RV, slot)
         if self.history is not None:
             self.history = self.history.advanced(token_R)
         if self.guide is not None:
             self.guide.take(token_R)
         return token_R, probability_RV
+
+    def _drawn(self, logits_RV: Tensor, slot: int) -> tuple[Tensor, Tensor]:
+        if has_kernel(logits_RV):
+            if self.shaping.adjusts:
+                logits_RV = adjust(logits_RV, self.shaping, self.history)
+            keys = self.noise.keys
+            return draw_slot(
+                logits_RV, self.shaping.knobs_R4, self.noise.draft_RK[:, slot], keys if keys is None else keys[:, slot]
+            )
+        probability_RV = shape(logits_RV, self.shaping, self.history)
+        return self.noise.pick(probability_RV, slot).clamp_(max=probability_RV.shape[1] - 1), probability_RV

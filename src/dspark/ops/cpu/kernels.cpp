@@ -49,6 +49,7 @@ TORCH_LIBRARY_FRAGMENT(dspark, library) {
   library.def("uniforms(int[] seeds, int[] counters, int[] offsets, int[] streams) -> Tensor");
   library.def("race_keys(int[] seeds, int[] counters, int[] raced, int width, int stream) -> Tensor");
   library.def("exponentials(Tensor key, int vocabulary) -> Tensor");
+  library.def("draw_slot(Tensor logits, Tensor knobs, Tensor uniform, Tensor? key) -> (Tensor, Tensor)");
   library.def("nucleus(Tensor probability, Tensor top_p) -> Tensor");
   library.def(
       "verdict(Tensor logits, int[] plan, Tensor token, Tensor q, Tensor knobs, Tensor accept, Tensor final_u, "
@@ -80,6 +81,7 @@ TORCH_LIBRARY_IMPL(dspark, CPU, library) {
   library.impl("draft_round", draft_round);
   library.impl("nucleus", nucleus);
   library.impl("exponentials", exponentials);
+  library.impl("draw_slot", draw_slot);
   library.impl("verdict", verdict);
   library.impl("calibrated", calibrated);
   library.impl("walk", walk);

@@ -16,6 +16,17 @@ struct Knobs {  // one row of float64 [R, 4]
   bool truncate(int64_t V) const { return top_k < V || top_p > 0 || min_p > 0; }
 };
 
+// exp((logit - peak) / temperature) of one row of floats, in place; returns the sum.
+inline double weights_of(int64_t V, float temperature, std::vector<float>& weight) {
+  const float peak = peak_of(weight.data(), V);
+  double total = 0;
+  for (int64_t v = 0; v < V; v += LANES) {
+    put(&weight[v], weights_below(load(&weight[v]), peak, temperature));
+    total += block_sum(&weight[v]);
+  }
+  return total;
+}
+
 // The last of the fewest largest values whose sum, from the largest down, reaches `mass`; 0 if all do not reach it.
 float nucleus_of(const float* p, int64_t V, double mass, std::vector<float>& kept) {
   constexpr int BUCKETS = 4096, SHIFT = 20;

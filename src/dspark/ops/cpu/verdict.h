@@ -21,17 +21,6 @@ bool read_row(const Scalar* logit, int64_t V, std::vector<float>& value) {
   return magnitude <= 0x7f800000 && highest < 0x7f800000;
 }
 
-// exp((logit - peak) / temperature) of one row of floats, in place; returns the sum.
-inline double weights_of(int64_t V, float temperature, std::vector<float>& weight) {
-  const float peak = peak_of(weight.data(), V);
-  double total = 0;
-  for (int64_t v = 0; v < V; v += LANES) {
-    put(&weight[v], weights_below(load(&weight[v]), peak, temperature));
-    total += block_sum(&weight[v]);
-  }
-  return total;
-}
-
 template <typename Scalar>
 std::pair<int64_t, int64_t> judge(const Scalar* logits, int64_t V, int64_t plan, const int64_t* token, const float* q,
                                   const Knobs& knobs, const double* accept, double final_u, const int64_t* key) {
