@@ -249,7 +249,7 @@ class Joint(Priced):
         """Learn from the steps since the last decision, and so end a trial or a look."""
         if self.trials.running:
             alone = not self.choice.width  # else the others' drafts are part of it
-            self.trials.settle(self._won, self.choice.rate, self._took - STEPS * self.choice.plain if alone else None)
+            self.trials.settle(self._won, self.choice.rate, self._took - STEPS * self.choice.plain if alone else 0.0)
         self._learn()
         self._looking = False
 

@@ -9,7 +9,6 @@ STEPS = 3  # of one trial on end: the first finds the caches full of other weigh
 PATIENCE = 8  # how much rarer trials become at most, while none of them pays
 PAID = 1.0  # share of a trial's extra time that its tokens must win back to go on at once
 HALF = 0.5  # ... or there will be fewer
-CHEAPER = 0.25  # share of its price that a trial costs at least, however little time it seems to have taken
 REMEMBERED = 4096
 LONGEST = 2048  # steps without one
 
@@ -60,15 +59,14 @@ class Trials:
         self.started += 1
         return True
 
-    def settle(self, tokens: int, rate: float, took: float | None = None) -> bool:
+    def settle(self, tokens: int, rate: float, took: float = 0.0) -> bool:
         """A trial ended and brought so many tokens, whose time comes back; one that paid for itself cost nothing.
 
-        It took `took` seconds more than steps without it, None where that is not known: this is what it costs, more
-        than its price or less.
+        It took `took` seconds more than steps without it; if it was priced at less, the rest is paid now.
         """
-        price = STEPS * sum(self.running.values())
-        cost = price if took is None else max(took, CHEAPER * price)
-        self.allowance -= cost - price
+        cost = STEPS * sum(self.running.values())
+        self.allowance -= max(took - cost, 0.0)
+        cost = max(cost, took)
         won = tokens / rate if rate else 0.0
         paid = won >= PAID * cost
         if paid:
