@@ -1,4 +1,4 @@
-"""Time of the law alone, per round: draft draws, shaping of the target's rows, verification. No model runs.
+"""Time of the law alone, per round, as an engine on a CPU has it: draft draws, adjusting, verification. No model runs.
 
     OMP_NUM_THREADS=1 python benchmarks/law_overhead.py [--vocabulary 4096] [--slots 7]
 
@@ -16,13 +16,13 @@ import torch
 from dspark.common.sampling_params import SamplingParams
 from dspark.drafters.base import Draft
 from dspark.ops.history import History
-from dspark.ops.sampling import Shaping, shape
+from dspark.ops.sampling import Shaping, adjust
 from dspark.speculation.draft_sampler import DraftSampler
 from dspark.speculation.noise import RoundNoise
 from dspark.speculation.planner import parse_planner
 from dspark.speculation.round import Round
 from dspark.speculation.survival import survival
-from dspark.speculation.verify import verify
+from dspark.speculation.verify import verify_logits
 
 CASES = {
     "temperature 0": SamplingParams(temperature=0),
@@ -35,7 +35,7 @@ CASES = {
     "min-p 0.05": SamplingParams(min_p=0.05),
     "penalties": SamplingParams(temperature=0, frequency_penalty=0.1),
 }
-PARTS = ("noise", "draft draws", "plan", "shape", "verify")
+PARTS = ("noise", "draft draws", "plan", "adjust", "verify")
 
 
 class Case:
@@ -73,9 +73,11 @@ class Case:
         plan = self.planner.plan(Round(draft.length_R), survival(draft.confidence_RK))
         watch.lap()
         rows = self.history.rows(plan, draft.token_RK) if self.history is not None else None
-        target_BV = shape(self.target_BV, self.shaping.repeat([1 + n for n in plan]), rows)
+        target_BV = self.target_BV
+        if self.shaping.adjusts:
+            target_BV = adjust(target_BV, self.shaping.repeat([1 + n for n in plan]), rows)
         watch.lap()
-        verify(draft, plan, target_BV, noise)
+        verify_logits(draft, plan, target_BV, self.shaping.knobs_R4, noise)
         watch.lap()
         return watch.laps
 

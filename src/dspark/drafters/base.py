@@ -14,7 +14,7 @@ from torch import Tensor
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
 from dspark.models.pages import KVPool
-from dspark.ops.chain import Tempered
+from dspark.ops.draws import Draws
 
 
 class TokenSampler(Protocol):
@@ -48,7 +48,7 @@ class DraftContext:
     request_ids: Sequence[int]
     history: Sequence[Sequence[int]]  # committed token ids of each request, anchor last
     sampler: TokenSampler
-    tempered: Tempered | None = None  # how `sampler` draws, for a drafter that draws by itself; `rules` come on top
+    draws: Draws | None = None  # how `sampler` draws, for a drafter that draws by itself; `rules` come on top
     rules: Rules | None = None  # which `sampler` keeps; a drafter that draws by itself has to
     wanted: bool = True  # whether anyone reads the confidences; a drafter may save what only they need
     going_on: GoingOn | None = None  # asked between two slots by drafters to which a slot is a forward of its own

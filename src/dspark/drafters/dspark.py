@@ -20,7 +20,9 @@ from dspark.drafters.native import NativeRound, Rows, stack_of
 from dspark.drafters.signal import LARGEST, Signal
 from dspark.models.batch import Ragged
 from dspark.models.compiled import SwappableGraph
-from dspark.ops.chain import Tempered, draft_chain, has_kernel
+from dspark.ops.chain import draft_chain
+from dspark.ops.cpu import has_kernel
+from dspark.ops.draws import Draws
 from dspark.ops.linear import pack, pack_linears, packable
 
 
@@ -90,26 +92,26 @@ class DSpark(nn.Module):
 
     @torch.inference_mode()
     def propose(self, context: DraftContext) -> Draft:
-        tempered, rules, head = context.tempered, context.rules, self.confidence_head
-        if self._round is not None and tempered is not None and tempered.adjusted is None and rules is None:
+        draws, rules, head = context.draws, context.rules, self.confidence_head
+        if self._round is not None and draws is not None and draws.adjusted is None and rules is None:
             pending, self._pending = self._pending, ()
-            return self._round(pending, context, tempered)
+            return self._round(pending, context, draws)
         self._catch_up()
         hidden_RKD, base_RKV = self.body.draft(context)
-        if tempered is None or head is None or type(self.markov_head) is not VanillaMarkov or not has_kernel(base_RKV):
+        if draws is None or head is None or type(self.markov_head) is not VanillaMarkov or not has_kernel(base_RKV):
             return self.sequential(context, hidden_RKD, base_RKV)
         if rules is not None and self.packed_w2 is None:  # whoever restricts a slot looks at unmasked base logits
             return self.sequential(context, hidden_RKD, base_RKV)
-        if tempered.adjusted is not None:
-            base_RKV = tempered.adjusted(base_RKV)
-        return self.chain(context.anchor_R, hidden_RKD, base_RKV, tempered, head, rules)
+        if draws.adjusted is not None:
+            base_RKV = draws.adjusted(base_RKV)
+        return self.chain(context.anchor_R, hidden_RKD, base_RKV, draws, head, rules)
 
     def chain(
         self,
         anchor_R: Tensor,
         hidden_RKD: Tensor,
         base_RKV: Tensor,
-        tempered: Tempered,
+        draws: Draws,
         head: ConfidenceHead,
         rules: Rules | None = None,
     ) -> Draft:
@@ -121,7 +123,7 @@ class DSpark(nn.Module):
         seen_RK, seen_r = head.split(hidden_RKD)
 
         def drawn(base_RKV: Tensor, previous_R: Tensor, slots: slice) -> tuple[Tensor, Tensor, Tensor]:
-            own = tempered.slots(slots)
+            own = draws.slots(slots)
             rest = (self.markov_top_k, seen_RK[:, slots], seen_r, self.packed_w2)
             return draft_chain(base_RKV, w1_Vr, w2_Vr, previous_R, own, *rest)
 

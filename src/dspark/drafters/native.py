@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dspark.drafters.base import Draft, DraftContext
 from dspark.models.compiled import Forward
 from dspark.models.native import Binding, Stack
-from dspark.ops.chain import Tempered
+from dspark.ops.draws import Draws
 from dspark.ops.linear import PackedLinear
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class NativeRound:
         self.head = (markov.markov_w1.weight, packed_w2)
         self.seen = torch.cat((seen, unseen, bias))
 
-    def __call__(self, pending: Rows | tuple[()], context: DraftContext, tempered: Tempered) -> Draft:
+    def __call__(self, pending: Rows | tuple[()], context: DraftContext, draws: Draws) -> Draft:
         """What `extend` of the pending rows and then `propose` do."""
         token_RK, law_RKV, confidence_RK = torch.ops.dspark.draft_round.default(
             pending,
@@ -111,9 +111,9 @@ class NativeRound:
             context.page_table_RP,
             self.mask,
             *self.head,
-            tempered.knobs_R4,
-            tempered.uniform_RK,
-            tempered.key_RK,
+            draws.knobs_R4,
+            draws.uniform_RK,
+            draws.key_RK,
             self.seen,
             self.binding(self.pools),
         )

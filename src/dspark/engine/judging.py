@@ -12,10 +12,10 @@ from torch import Tensor
 from dspark.drafters.base import Draft
 from dspark.engine.laws import Laws
 from dspark.engine.request import Request
-from dspark.ops.verdict import has_kernel
+from dspark.ops.cpu import has_kernel
 from dspark.speculation.grammar import Guide
 from dspark.speculation.noise import RoundNoise
-from dspark.speculation.verify import Verdict, sound, verify, verify_tempered
+from dspark.speculation.verify import Verdict, sound, verify, verify_logits
 
 
 def judge(
@@ -36,5 +36,5 @@ def judge(
         guide.rewind()
     if has_kernel(logits_BV):
         adjusted_BV = laws.adjusted(requests, logits_BV, draft, plan)
-        return verify_tempered(draft, plan, adjusted_BV, laws.group(requests).shaping.knobs_R4, noise)
+        return verify_logits(draft, plan, adjusted_BV, laws.group(requests).shaping.knobs_R4, noise)
     return verify(draft, plan, laws.target(requests, logits_BV, draft, plan), noise, sound(logits_BV))

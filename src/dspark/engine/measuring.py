@@ -21,7 +21,7 @@ from dspark.speculation.round import Array, Outcome, Round
 from dspark.speculation.statistics import SpeculationStatistics
 
 PASSES = 2  # over every kind of step, if the seconds allow
-FEW, TIMES = 2, 6  # so few requests are measured so many times: whether to draft at all hangs by a tenth there
+FEW, TIMES = 2, 6  # so few requests are measured at every length, over and over: whether to draft hangs by a tenth
 STRETCH = 3  # steps of one kind on end that are measured
 PROMPT = 32  # tokens of each request whose steps are measured
 LONG_PROMPT = 512  # ... of the few whose context is to show
@@ -139,7 +139,7 @@ class _Bench:
 
     def lengths(self, requests: int) -> list[int]:
         """The lengths that are drafted and verified with so many requests."""
-        if requests <= 2:
+        if requests <= FEW:
             return list(range(self.block + 1))
         return sorted({0, 1, 2, 3, 5, self.block} & set(range(self.block + 1)))
 

@@ -13,7 +13,7 @@ from dspark.speculation.online import OnlineCalibration
 from dspark.speculation.planner import AUTO, needs_cost, parse_planner
 
 METERING = 0.01  # share of the time that following the engine's steps may take
-GLANCE = 3.0  # s of measuring an engine that will be another one when its forwards are compiled
+BRIEF = 3.0  # s of measuring an engine that will be another one when its forwards are compiled
 
 
 def plan_with(
@@ -58,7 +58,7 @@ def _profile(core: EngineCore) -> Profile:
     """What is known of this engine's cost, or will be true of it soon, else a measurement."""
     if not _pending(core):
         return ensure_profile(core)
-    return cached_profile(core, compiled=True) or measure(core, seconds=GLANCE)
+    return cached_profile(core, compiled=True) or measure(core, seconds=BRIEF)
 
 
 def _pending(core: EngineCore) -> bool:

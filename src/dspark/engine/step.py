@@ -221,7 +221,7 @@ class EngineCore:
             request_ids=[request.id for request in drafting],
             history=[request.tokens for request in drafting],
             sampler=sampler,
-            tempered=sampler.tempered,
+            draws=sampler.draws,
             rules=guide,
             wanted=self.planning.reads_confidence
             or self.observer is not None

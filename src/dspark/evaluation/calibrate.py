@@ -19,6 +19,7 @@ from dspark.speculation.calibration_fit import fit, resaid, signal
 from dspark.speculation.reliability import RoundRecord
 
 HELD_OUT = 3  # every third prompt scores the fit that the others made
+SHOWN = 30  # rounds behind a point of a diagram, at least
 TOGETHER = 64  # prompts asked for at once, so that progress can be shown
 
 
@@ -117,13 +118,21 @@ def table(law: str, made: Fit) -> Table:
     return shown
 
 
+def drawn(bins: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """The points of a curve, said and accepted, of bins [said, accepted, rounds]."""
+    return [(said, accepted) for said, accepted, rounds in bins if rounds >= SHOWN]
+
+
 def diagram(made: Calibration, path: Path) -> None:
-    """Reliability diagrams, before and after, as a PNG: what was said against what was accepted, a curve a position."""
+    """Reliability diagrams, before and after, as a PNG: what was said against what was accepted, a curve a position.
+
+    Points of fewer than `SHOWN` rounds are left out: one that has three is at 0, a third, two thirds or 1.
+    """
     panels = []
     for law, one in made.fits.items():
         for when in ("before", "after"):
             bins = one.scores[when]["bins"]
-            curves = {f"position {k + 1}": [(p[0], p[1]) for p in points] for k, points in enumerate(bins)}
+            curves = {f"position {k + 1}": drawn(points) for k, points in enumerate(bins)}
             axes = ("survival said", "prefixes accepted")
             panels.append(Panel(f"{law}, {when}", *axes, curves, whole_x=False, diagonal=True, low=0, high=1))
     draw(path, panels)

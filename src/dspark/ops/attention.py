@@ -10,9 +10,9 @@ import itertools
 import torch
 from torch import Tensor
 
-from dspark.ops.cpu import load_kernels
+from dspark.ops.cpu import DTYPES, has_kernel
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (*DTYPES, torch.float16)
 
 
 def store_plain(k_TGd: Tensor, v_TGd: Tensor, pool_k_SGd: Tensor, pool_v_SGd: Tensor, slot_T: Tensor) -> None:
@@ -71,7 +71,7 @@ def ragged_attention_plain(
 
 def store(k_TGd: Tensor, v_TGd: Tensor, pool_k_SGd: Tensor, pool_v_SGd: Tensor, slot_T: Tensor) -> None:
     """`store_plain` by the fastest way this device has."""
-    if _has_kernel(pool_k_SGd) and k_TGd.dtype == pool_k_SGd.dtype:
+    if has_kernel(pool_k_SGd, KERNEL_DTYPES) and k_TGd.dtype == pool_k_SGd.dtype:
         torch.ops.dspark.store(k_TGd, v_TGd, pool_k_SGd, pool_v_SGd, slot_T)
     else:
         store_plain(k_TGd, v_TGd, pool_k_SGd, pool_v_SGd, slot_T)
@@ -93,7 +93,7 @@ def ragged_attention(
     softcap: float = 0.0,
 ) -> Tensor:
     """`ragged_attention_plain` by the fastest way this device has."""
-    run = torch.ops.dspark.ragged_attention if _has_kernel(q_THd) else ragged_attention_plain
+    run = torch.ops.dspark.ragged_attention if has_kernel(q_THd, KERNEL_DTYPES) else ragged_attention_plain
     return run(
         q_THd,
         k_TGd,
@@ -109,7 +109,3 @@ def ragged_attention(
         window,
         softcap,
     )
-
-
-def _has_kernel(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype in KERNEL_DTYPES and load_kernels()

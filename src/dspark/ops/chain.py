@@ -5,33 +5,14 @@ R requests, K block slots, C candidates, V vocabulary, r Markov rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
-from dspark.ops.cpu import load_kernels
+from dspark.ops.cpu import has_kernel
+from dspark.ops.draws import Draws
 from dspark.ops.races import exponentials
 from dspark.ops.rows import argmax
 from dspark.ops.truncation import truncate_plain
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Tempered:
-    """How requests sample, as numbers that a kernel can draw by."""
-
-    knobs_R4: Tensor  # float64: temperature, top-k, top-p, min-p (`Shaping.knobs_R4`)
-    uniform_RK: Tensor  # float64 in (0, 1], one number a draw
-    key_RK: Tensor | None = None  # int64: of the race that is run instead (`ops.races`), 0 where none is; None: nowhere
-    adjusted: Callable[[Tensor], Tensor] | None = None  # gives logits [R, K, V] their penalties and biases; None: none
-
-    def slots(self, which: slice) -> Tempered:
-        """The numbers of some slots."""
-        keys = self.key_RK if self.key_RK is None else self.key_RK[:, which]
-        return replace(self, uniform_RK=self.uniform_RK[:, which], key_RK=keys)
 
 
 def draft_chain(
@@ -39,7 +20,7 @@ def draft_chain(
     w1_Vr: Tensor,
     w2_Vr: Tensor,
     anchor_R: Tensor,
-    tempered: Tempered,
+    draws: Draws,
     top: int,
     confidence_RK: Tensor,
     confidence_r: Tensor,
@@ -53,25 +34,10 @@ def draft_chain(
     `confidence_r` leaves them as they are. `packed` is `ops.linear.pack(w2_Vr)`, five times as fast without a
     restriction. Penalties and biases are the caller's: `base_RKV` has them.
     """
-    arguments = (base_RKV, w1_Vr, w2_Vr, anchor_R, tempered.knobs_R4, tempered.uniform_RK, tempered.key_RK, top)
+    arguments = (base_RKV, w1_Vr, w2_Vr, anchor_R, draws.knobs_R4, draws.uniform_RK, draws.key_RK, top)
     if has_kernel(base_RKV):
         return torch.ops.dspark.draft_chain(*arguments, confidence_RK, confidence_r, packed)
     return draft_chain_plain(*arguments, confidence_RK, confidence_r)
-
-
-def draw_slot(
-    logits_RV: Tensor, knobs_R4: Tensor, uniform_R: Tensor, key_R: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """One token each [R] and the laws they were drawn from [R, V]: a slot of `draft_chain` that no head changes.
-
-    Logits that are not numbers give the last token.
-    """
-    return torch.ops.dspark.draw_slot.default(logits_RV, knobs_R4, uniform_R, key_R)
-
-
-def has_kernel(base_RKV: Tensor) -> bool:
-    """Whether these logits are drawn from by the kernel; its plain twin is there to say what it does."""
-    return base_RKV.device.type == "cpu" and base_RKV.dtype in KERNEL_DTYPES and load_kernels()
 
 
 def draft_chain_plain(

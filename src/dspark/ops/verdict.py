@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from dspark.ops.acceptance import accepts, residual
-from dspark.ops.cpu import load_kernels
+from dspark.ops.cpu import has_kernel
 from dspark.ops.races import exponentials
 from dspark.ops.rows import argmax
 from dspark.ops.sampling import draw
 from dspark.ops.truncation import truncate_plain
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def verdict(
@@ -39,11 +37,6 @@ def verdict(
     """
     run = torch.ops.dspark.verdict.default if has_kernel(logits_BV) else verdict_plain
     return run(logits_BV, plan, token_RK, q_RKV, knobs_R4, accept_RK, final_R, key_RK1)
-
-
-def has_kernel(logits_BV: Tensor) -> bool:
-    """Whether these logits are judged by the kernel; the plain twin reads from the device for every request."""
-    return logits_BV.device.type == "cpu" and logits_BV.dtype in KERNEL_DTYPES and load_kernels()
 
 
 def verdict_plain(

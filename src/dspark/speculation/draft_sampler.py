@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from torch import Tensor
 
-from dspark.ops.chain import Tempered, draw_slot, has_kernel
+from dspark.ops.cpu import has_kernel
+from dspark.ops.draws import Draws, draw_slot
 from dspark.ops.history import History
 from dspark.ops.sampling import Shaping, adjust, shape
 from dspark.speculation.grammar import Guide
@@ -25,12 +28,12 @@ class DraftSampler:
         self.history = history  # of the committed tokens; only penalties need it
         self.guide = guide  # where a request has a grammar
 
-    @property
-    def tempered(self) -> Tempered:
-        """How every request draws, for drafters that draw by themselves; `draw` does the rest."""
+    @cached_property
+    def draws(self) -> Draws:
+        """How every request draws, for kernels; `draw` does the rest."""
         keys = self.noise.keys
         adjusted = self._adjusted if self.shaping.adjusts else None
-        return Tempered(self.shaping.knobs_R4, self.noise.draft_RK, keys if keys is None else keys[:, :-1], adjusted)
+        return Draws(self.shaping.knobs_R4, self.noise.draft_RK, keys if keys is None else keys[:, :-1], adjusted)
 
     def _adjusted(self, logits_RKV: Tensor) -> Tensor:
         """A block's logits after biases and the penalties of the text before it; those of its own tokens stay away.
@@ -60,9 +63,6 @@ class DraftSampler:
         if has_kernel(logits_RV):
             if self.shaping.adjusts:
                 logits_RV = adjust(logits_RV, self.shaping, self.history)
-            keys = self.noise.keys
-            return draw_slot(
-                logits_RV, self.shaping.knobs_R4, self.noise.draft_RK[:, slot], keys if keys is None else keys[:, slot]
-            )
+            return draw_slot(logits_RV, self.draws, slot)
         probability_RV = shape(logits_RV, self.shaping, self.history)
         return self.noise.pick(probability_RV, slot).clamp_(max=probability_RV.shape[1] - 1), probability_RV

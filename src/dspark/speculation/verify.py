@@ -81,7 +81,7 @@ def verify(
     return Verdict(accepted, [[*row[:n], row[-1]] for row, n in zip(table, accepted, strict=True)], plan)
 
 
-def verify_tempered(
+def verify_logits(
     draft: Draft | None, plan: Sequence[int], logits_BV: Tensor, knobs_R4: Tensor, noise: RoundNoise
 ) -> Verdict:
     """`verify` of softmax(logits / temperature), truncated, for requests with no other shaping: one kernel call."""

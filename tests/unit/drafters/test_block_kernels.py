@@ -16,8 +16,8 @@ from dspark.drafters.heads import ConfidenceHead, VanillaMarkov
 from dspark.drafters.layers import BackboneConfig
 from dspark.drafters.native import native_block, native_context
 from dspark.models.batch import Ragged
-from dspark.ops.chain import Tempered
 from dspark.ops.cpu import load_kernels
+from dspark.ops.draws import Draws
 from dspark.ops.history import History
 from dspark.ops.linear import pack_linears
 from dspark.ops.races import race_keys
@@ -105,13 +105,13 @@ def two_rounds(drafter, temperature, *, raced=False, **cut):
         batch = Ragged(torch.zeros(0), torch.cat(position), torch.cat(slot), table_RP, torch.zeros(0), torch.zeros(0))
         drafter.extend(batch, taps_TD)
         keys = race_keys([1, 2], [6, 0], [0, 1], 5) if raced else None
-        tempered = Tempered(
+        draws = Draws(
             Shaping.of([SamplingParams(temperature=t, **cut) for t in temperature]).knobs_R4,
             torch.rand(2, 5).double(),
             keys,
         )
         ends = torch.tensor([s + n for n, s in zip(rows, start, strict=True)])
-        context = DraftContext(torch.tensor([4, 8]), ends, table_RP, 5, [0, 1], [], None, tempered)
+        context = DraftContext(torch.tensor([4, 8]), ends, table_RP, 5, [0, 1], [], None, draws)
         drafts.append(drafter.propose(context))
     return drafts
 
@@ -163,14 +163,14 @@ def test_a_block_with_grammars_is_drawn_by_the_kernel_slot_by_slot(temperature, 
         noise = RoundNoise.of([3, 4], [0, 0], [0, 0], [False, False], slots=5)
         sampler = DraftSampler(Shaping.of(params), noise, None, guide)
         context = DraftContext(torch.tensor([4, 8]), torch.tensor([0, 0]), table_RP, 5, [0, 1], [], sampler)
-        ways = {"tempered": sampler.tempered, "rules": guide} if kernel else {}
+        ways = {"draws": sampler.draws, "rules": guide} if kernel else {}
         drafts.append(drafter.propose(replace(context, **ways)))
         assert all(path.taken == 5 for path in guide.paths.values()), "a token was not taken"
     one, two = drafts
     assert len(calls) == 5 and torch.equal(one.token_RK, two.token_RK)
     torch.testing.assert_close(one.probability_RKV, two.probability_RKV, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(one.confidence_RK, two.confidence_RK, rtol=1e-4, atol=1e-6)
-    free = drafter.propose(replace(context, sampler=None, tempered=sampler.tempered))
+    free = drafter.propose(replace(context, sampler=None, draws=sampler.draws))
     assert not torch.equal(free.token_RK[1], one.token_RK[1]), "the grammar forbade nothing: the test says less"
 
 
@@ -185,9 +185,9 @@ def test_penalties_and_biases_reach_the_kernels_draft(monkeypatch):
     noise = RoundNoise.of([3, 4], [0, 0], [0, 0], [False, True], slots=5)
     sampler = DraftSampler(Shaping.of(params), noise, history)
     context = DraftContext(torch.tensor([4, 8]), torch.tensor([0, 0]), table_RP, 5, [0, 1], [], sampler)
-    one, two = (drafter.propose(replace(context, tempered=way)) for way in (sampler.tempered, None))
+    one, two = (drafter.propose(replace(context, draws=way)) for way in (sampler.draws, None))
     free = DraftSampler(Shaping.of([SamplingParams(), SamplingParams(top_k=9)]), noise)
-    other = drafter.propose(replace(context, sampler=None, tempered=free.tempered))
+    other = drafter.propose(replace(context, sampler=None, draws=free.draws))
     assert len(calls) == 1, "the requests without penalties draw in the round's kernel"
     assert torch.equal(one.token_RK[:, 0], two.token_RK[:, 0])
     torch.testing.assert_close(one.probability_RKV[:, 0], two.probability_RKV[:, 0], rtol=1e-4, atol=1e-6)

@@ -8,7 +8,7 @@ from drafting import HIDDEN, PAGE, VOCABULARY, Greedy, context_of, pages_of, rag
 
 from dspark.common.sampling_params import SamplingParams
 from dspark.drafters.lesson import Lesson
-from dspark.ops.chain import Tempered
+from dspark.ops.draws import Draws
 from dspark.ops.sampling import Shaping
 
 KINDS = {
@@ -140,9 +140,7 @@ def test_the_kernel_of_the_sequential_head_drafts_what_the_sampler_would(kind, t
     two = drafter.propose(
         replace(
             context,
-            tempered=Tempered(
-                Shaping.of([SamplingParams(temperature=0)] * 3).knobs_R4, torch.full((3, 5), 0.5).double()
-            ),
+            draws=Draws(Shaping.of([SamplingParams(temperature=0)] * 3).knobs_R4, torch.full((3, 5), 0.5).double()),
         )
     )
     assert torch.equal(one.token_RK, two.token_RK)

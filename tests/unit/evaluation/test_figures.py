@@ -5,6 +5,7 @@ import pytest
 from dspark.common import plots
 from dspark.common.errors import UserError
 from dspark.common.plots import Panel, draw
+from dspark.evaluation.calibrate import SHOWN, drawn
 from dspark.evaluation.figures import acceptance_panels, draw_figures, gamma_panels, pooled, reliability_panels
 
 
@@ -68,3 +69,8 @@ def test_without_matplotlib_one_is_told(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="matplotlib"):
         draw(tmp_path / "x.png", [Panel("t", "x", "y", {"a": [(0, 1)]})])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_point_of_a_few_rounds_is_not_drawn():
+    bins = [[0.05, 1.0, 2], [0.3, 0.25, SHOWN], [0.6, 0.7, SHOWN - 1], [0.9, 0.8, 400]]
+    assert drawn(bins) == [(0.3, 0.25), (0.9, 0.8)]

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from dspark.common.sampling_params import SamplingParams
-from dspark.ops.chain import Tempered, draft_chain, draft_chain_plain
+from dspark.ops.chain import draft_chain, draft_chain_plain
 from dspark.ops.cpu import load_kernels
+from dspark.ops.draws import Draws
 from dspark.ops.linear import pack
 from dspark.ops.races import race_keys
 from dspark.ops.sampling import Shaping
@@ -43,7 +44,7 @@ def test_kernel_equals_its_plain_twin(dtype, top, sees_token, with_packed, raced
     key = race_keys(range(R), [4] * R, [0, 1, 3, 4], K) if raced else None
     want = draft_chain_plain(base, w1, w2, anchor, knobs, uniform, key, top, confidence, weight)
     packed = pack(w2) if with_packed else None
-    got = draft_chain(base, w1, w2, anchor, Tempered(knobs, uniform, key), top, confidence, weight, packed)
+    got = draft_chain(base, w1, w2, anchor, Draws(knobs, uniform, key), top, confidence, weight, packed)
     assert torch.equal(got[0], want[0])
     halves = (
         with_packed and dtype == torch.bfloat16
@@ -68,7 +69,7 @@ def test_tokens_follow_the_reported_law(top, raced):
     key = race_keys(range(draws), [0] * draws, range(draws), 1) if raced else None
     packed = pack(w2) if load_kernels() and not top else None
     one = base[:1, :1].expand(draws, 1, V).contiguous()
-    token, law, _ = draft_chain(one, w1, w2, anchor, Tempered(knobs, uniform, key), top, *no_confidence, packed)
+    token, law, _ = draft_chain(one, w1, w2, anchor, Draws(knobs, uniform, key), top, *no_confidence, packed)
     expected = law[0, 0].double() * draws
     counted = torch.bincount(token[:, 0], minlength=V).double()
     kept = expected > 0

@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ import torch
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels.cpp")
 _library: list[ctypes.CDLL] = []
+DTYPES = (torch.float32, torch.bfloat16)  # of logits and weights that the kernels read
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno")
 
 
@@ -59,6 +60,11 @@ def load_kernels() -> bool:
     from dspark.ops.cpu import fakes  # noqa: F401  shapes for tracing, once the ops exist
 
     return True
+
+
+def has_kernel(x: torch.Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> bool:
+    """Whether a kernel takes this tensor; else its plain twin does."""
+    return x.device.type == "cpu" and x.dtype in dtypes and load_kernels()
 
 
 @contextlib.contextmanager

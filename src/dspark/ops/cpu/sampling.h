@@ -1,4 +1,4 @@
-// Random numbers of a round, and where a truncated law ends.
+// Random numbers of a round, one slot drawn by them, and where a truncated law ends.
 #pragma once
 
 #include <tuple>
